@@ -1,0 +1,88 @@
+"""What the tokenizer process and the scheduler process say to each other (msgpack over ZeroMQ)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+
+class TokenizedGenerateReqInput(msgspec.Struct, tag=True, kw_only=True):
+    """One sequence to generate. `n` > 1 and batches are split into several of these before they are sent."""
+
+    rid: str
+    input_ids: list[int]
+    sampling_params: SamplingParams
+    stream: bool = False
+    return_logprob: bool = False
+    logprob_start_len: int = -1  # -1: no prompt logprobs; i: prompt tokens from position max(i, 1) on
+    top_logprobs_num: int = 0  # at most MAX_TOP_LOGPROBS
+
+
+class AbortReq(msgspec.Struct, tag=True):
+    rid: str
+
+
+class FlushCacheReqInput(msgspec.Struct, tag=True):
+    request_id: str
+
+
+class FlushCacheReqOutput(msgspec.Struct, tag=True):
+    request_id: str
+    success: bool
+    message: str = ""
+
+
+class GetInternalStateReq(msgspec.Struct, tag=True):
+    request_id: str
+
+
+class GetInternalStateReqOutput(msgspec.Struct, tag=True):
+    request_id: str
+    internal_state: dict[str, Any]
+
+
+class TokenLogprob(msgspec.Struct, array_like=True):
+    token_id: int
+    logprob: float | None  # None: the first prompt token, which nothing predicts
+    top: list[tuple[int, float]]  # (token id, logprob), most likely first
+
+
+class ReqOutput(msgspec.Struct, kw_only=True):
+    """What is new of one request since the last ReqOutput with its rid."""
+
+    rid: str
+    output_ids: list[int]  # new tokens only; a matched stop token is included, tokens after it never
+    finish_reason: dict[str, Any] | None  # {"type": "stop"|"length"|"abort", "matched": ..., "message": ...}
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    spec_verify_ct: int  # verify passes so far; completion_tokens / spec_verify_ct is the accept length
+    output_logprobs: list[TokenLogprob] | None = None  # one for each of output_ids
+    input_logprobs: list[TokenLogprob] | None = None  # with the first output, when asked for
+
+
+class BatchOutput(msgspec.Struct, tag=True):
+    outputs: list[ReqOutput]
+
+
+class SchedulerReady(msgspec.Struct, tag=True):
+    """Sent once, when the scheduler can take requests."""
+
+    max_total_num_tokens: int
+    max_req_input_len: int  # a longer prompt is refused
+    context_length: int
+
+
+class SchedulerFailed(msgspec.Struct, tag=True):
+    """The scheduler process is about to end; `message` says why."""
+
+    message: str
+
+
+MAX_TOP_LOGPROBS = 20
+
+ToScheduler = TokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq
+FromScheduler = BatchOutput | FlushCacheReqOutput | GetInternalStateReqOutput | SchedulerReady | SchedulerFailed

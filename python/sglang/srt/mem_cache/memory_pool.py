@@ -1,0 +1,83 @@
+"""Device memory of the requests: the token table, the per-request state, and the paged MLA cache.
+
+Slot s of the cache belongs to page s // page_size. Page 0, slot 0 and request 0 are reserved: padded rows
+of a captured graph read and write there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class ReqToTokenPool:
+    """Which slot holds the key of position p of request r: `req_to_token[r, p]`.
+
+    Beside the table stands what a step needs of each request, indexed in the same way, so that a batch is
+    nothing but a list of request indices.
+    """
+
+    def __init__(self, size: int, max_context_len: int, hidden_size: int, device: torch.device | str) -> None:
+        rows = size + 1  # request 0 is the padding
+        self.size = size
+        self.max_context_len = max_context_len
+        self.req_to_token = torch.zeros((rows, max_context_len), dtype=torch.int32, device=device)
+        # The committed length: tokens whose target KV is in the cache. The last token never is.
+        self.seq_lens = torch.ones(rows, dtype=torch.int32, device=device)
+        self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)  # sampled, not yet in the cache
+        self.draft_token = torch.zeros(rows, dtype=torch.int64, device=device)  # the first draft of a step
+        self.draft_hidden = torch.zeros((rows, hidden_size), device=device)  # float32: feeds draft step 0
+        self.temperature = torch.zeros(rows, dtype=torch.float32, device=device)
+        self.top_p = torch.ones(rows, dtype=torch.float32, device=device)
+        self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)  # 0: off
+        self.min_p = torch.zeros(rows, dtype=torch.float32, device=device)
+        self.seed = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.free_slots = list(range(size, 0, -1))
+
+    def alloc(self) -> int | None:
+        """A free request index, or None."""
+        return self.free_slots.pop() if self.free_slots else None
+
+    def free(self, index: int) -> None:
+        self.free_slots.append(index)
+
+
+class MLATokenToKVPool:
+    """Latent KV and indexer keys of every layer, paged. Whole tensors, one a layer."""
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        layer_num: int,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        index_head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.page_size = page_size
+        self.size = num_pages * page_size
+        self.kv_lora_rank = kv_lora_rank
+        slots = (num_pages + 1) * page_size  # page 0 is the padding
+        self.kv_buffer = [
+            torch.zeros((slots, kv_lora_rank + qk_rope_head_dim), dtype=dtype, device=device)
+            for _ in range(layer_num)
+        ]
+        self.index_k_buffer = [
+            torch.zeros((slots, index_head_dim), dtype=dtype, device=device) for _ in range(layer_num)
+        ]
+
+    def set_mla_kv_buffer(
+        self, layer_id: int, loc: torch.Tensor, kv_latent: torch.Tensor, k_rope: torch.Tensor
+    ) -> None:
+        """Writes rows [T, kv_lora_rank] and [T, qk_rope_head_dim] to slots loc [T], int64."""
+        buffer = self.kv_buffer[layer_id]
+        buffer[:, : self.kv_lora_rank].index_copy_(0, loc, kv_latent)
+        buffer[:, self.kv_lora_rank :].index_copy_(0, loc, k_rope)
+
+    def set_index_k_buffer(self, layer_id: int, loc: torch.Tensor, k_index: torch.Tensor) -> None:
+        """Writes rows [T, index_head_dim] to slots loc [T], int64."""
+        self.index_k_buffer[layer_id].index_copy_(0, loc, k_index)
+
+    def memory_bytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self.kv_buffer + self.index_k_buffer)
