@@ -1,0 +1,95 @@
+"""A request as the scheduler keeps it, and what goes to and comes from the worker in one step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, TokenLogprob
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+
+@dataclass(eq=False)
+class Req:
+    """One sequence. Its key-value pages follow `pages`: position p lies in pages[p // page_size]."""
+
+    rid: str
+    input_ids: list[int]
+    sampling_params: SamplingParams
+    seed: int
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[TokenLogprob] = field(default_factory=list)
+    input_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: dict[str, Any] | None = None
+    req_pool_idx: int | None = None  # None: holds no device memory
+    pages: list[int] = field(default_factory=list)
+    kv_len: int = 0  # the committed length: tokens whose target KV is in the cache
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    spec_verify_ct: int = 0
+    arrival: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def from_input(cls, message: TokenizedGenerateReqInput, seed: int) -> Req:
+        return cls(
+            rid=message.rid,
+            input_ids=message.input_ids,
+            sampling_params=message.sampling_params,
+            seed=seed,
+            return_logprob=message.return_logprob,
+            logprob_start_len=message.logprob_start_len,
+            top_logprobs_num=message.top_logprobs_num,
+        )
+
+    @property
+    def seqlen(self) -> int:
+        """Prompt and output tokens; the last one is not in the cache while the request decodes."""
+        return len(self.input_ids) + len(self.output_ids)
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """The next tokens of a request's prompt: positions req.kv_len .. req.kv_len + len(tokens) - 1."""
+
+    req: Req
+    tokens: list[int]
+    next_token: int | None  # the token after the chunk; None: the chunk ends the prompt, so sample it
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """New tokens of each request of the step, in the order given to the worker.
+
+    `tokens[i]` is empty for a chunk that does not end its prompt, one token for a prefill or a plain
+    decode, and the accepted drafts plus the bonus token (1 .. D) for a speculative decode. The worker has
+    advanced the device's seq_lens by the tokens whose KV is now valid: len(chunk) in a prefill,
+    len(tokens[i]) in a decode. The scheduler does the same to `Req.kv_len`.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[TokenLogprob]] | None = None  # as tokens, where any request asked for them
+    input_logprobs: list[list[TokenLogprob]] | None = None  # of each chunk's own tokens (prefill only)
+
+
+class GenerationWorker(Protocol):
+    """Runs the model: plain (`TpModelWorker`) or speculative (`EAGLEWorker`)."""
+
+    lookahead: int  # slots past the committed length that a decode step writes: 1, or D when speculating
+    page_size: int
+    num_pages: int  # pages 1 .. num_pages; page 0 is reserved
+    context_len: int
+
+    def prefill(self, chunks: list[PrefillChunk]) -> StepOutput:
+        """One eager pass over all chunks."""
+        ...
+
+    def decode(self, reqs: list[Req]) -> StepOutput:
+        """One step of every request: a token each, or draft, verify and draft-extend."""
+        ...
+
+    def internal_state(self) -> dict[str, Any]:
+        """For /get_server_info: accept length, the state of the metadata path."""
+        ...
