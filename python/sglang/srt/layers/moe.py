@@ -1,0 +1,150 @@
+"""Mixture of experts: DeepSeek-V3's sigmoid router and its routed and shared experts.
+
+Source: DeepSeek-V3 (https://arxiv.org/abs/2412.19437), sections 2.1.2 (gating, bias-corrected choice) and
+2.1.4 (node-limited, here group-limited, routing).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sglang.srt.layers.linear import linear
+from sglang.srt.model_config import ModelConfig
+
+# Rows that the all-experts path takes at once; bounds its [E, rows, 2 * I] intermediate.
+MASKED_CHUNK_ROWS = 256
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[..., 2 * I] -> [..., I]"""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); gate and up are one matrix."""
+
+    def __init__(
+        self, hidden: int, intermediate: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = linear(hidden, 2 * intermediate, dtype=dtype, device=device)
+        self.down_proj = linear(intermediate, hidden, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+
+
+class TopkRouter(nn.Module):
+    """Chooses experts by sigmoid score plus bias, within the best groups; weighs them by the score alone."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
+        super().__init__()
+        self.config = config
+        experts = config.n_routed_experts
+        weight = torch.empty((experts, config.hidden_size), dtype=torch.float32, device=device)
+        bias = torch.empty(experts, dtype=torch.float32, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, hidden] -> weights [T, K] float32, experts [T, K] int64."""
+        cfg = self.config
+        scores = F.linear(x.float(), self.weight).sigmoid()  # [T, E]
+        choice = (scores + self.e_score_correction_bias).unflatten(-1, (cfg.n_group, -1))  # [T, G, E / G]
+        if cfg.topk_group < cfg.n_group:
+            group_scores = choice.topk(2, dim=-1).values.sum(-1)  # [T, G]
+            groups = group_scores.topk(cfg.topk_group, dim=-1, sorted=False).indices
+            closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, groups, False)
+            choice = choice.masked_fill(closed[..., None], float("-inf"))
+        experts = choice.flatten(1).topk(cfg.num_experts_per_tok, dim=-1, sorted=False).indices
+        weights = scores.gather(1, experts)
+        if cfg.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * cfg.routed_scaling_factor, experts
+
+
+class RoutedExperts(nn.Module):
+    """E gated MLPs in two packed tensors, computed in one of three ways (same result up to rounding):
+
+    - gathered: no more (token, expert) pairs than experts: one batched product over the pairs' own matrices;
+    - masked: every expert sees every token, and the weight of an expert that was not chosen is 0;
+    - grouped: tokens sorted by expert, one product for each expert that has any. Least work, but the sizes
+      depend on the data, so the host must read them.
+
+    The first two have static shapes, never wait for the device, and are what a CUDA graph can hold. Grouped
+    serves the CPU, and on CUDA the large eager batches, where one wait is small beside the work it saves.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        experts, hidden, inter = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        gate_up = torch.empty((experts, 2 * inter, hidden), dtype=dtype, device=device)
+        down = torch.empty((experts, hidden, inter), dtype=dtype, device=device)
+        self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
+        self.down_proj = nn.Parameter(down, requires_grad=False)
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """x [T, hidden], weights [T, K] float32, experts [T, K] int64 -> [T, hidden]."""
+        if x.device.type == "cpu":
+            return self.forward_grouped(x, weights, experts)
+        if experts.numel() <= self.gate_up_proj.shape[0]:
+            return self.forward_gathered(x, weights, experts)
+        if x.shape[0] > MASKED_CHUNK_ROWS and not torch.cuda.is_current_stream_capturing():
+            return self.forward_grouped(x, weights, experts)
+        return self.forward_masked(x, weights, experts)
+
+    def forward_grouped(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        pairs = experts.flatten()
+        order = pairs.argsort(stable=True)
+        tokens = order // experts.shape[1]
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        start = 0
+        for expert, count in enumerate(torch.bincount(pairs, minlength=len(self.down_proj)).tolist()):
+            if count:
+                rows = slice(start, start + count)
+                inner = silu_and_mul(F.linear(x[tokens[rows]], self.gate_up_proj[expert]))
+                y = F.linear(inner, self.down_proj[expert]).float()
+                out.index_add_(0, tokens[rows], y * weights.flatten()[order[rows], None])
+                start += count
+        return out.to(x.dtype)
+
+    def forward_gathered(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        rows, k = experts.shape
+        pairs = experts.flatten()
+        x_pairs = x.repeat_interleave(k, dim=0, output_size=rows * k)[..., None]  # [T * K, hidden, 1]
+        inner = silu_and_mul(torch.bmm(self.gate_up_proj[pairs], x_pairs).squeeze(-1))  # [T * K, I]
+        y = torch.bmm(self.down_proj[pairs], inner[..., None]).view(rows, k, -1)
+        return (y.float() * weights[..., None]).sum(1).to(x.dtype)
+
+    def forward_masked(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        dense = torch.zeros((x.shape[0], len(self.down_proj)), dtype=torch.float32, device=x.device)
+        dense.scatter_(1, experts, weights)  # [T, E]
+        chunks = zip(x.split(MASKED_CHUNK_ROWS), dense.split(MASKED_CHUNK_ROWS))
+        return torch.cat([self._masked_chunk(rows, mask) for rows, mask in chunks])
+
+    def _masked_chunk(self, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        gate_up = torch.matmul(x, self.gate_up_proj.transpose(1, 2))  # [E, T, 2 * I]
+        y = torch.bmm(silu_and_mul(gate_up), self.down_proj.transpose(1, 2))  # [E, T, hidden]
+        return torch.einsum("eth,te->th", y.float(), dense).to(x.dtype)
+
+
+class DeepseekMoE(nn.Module):
+    """Routed experts plus the shared experts that every token visits."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.gate = TopkRouter(config, device)
+        self.experts = RoutedExperts(config, dtype=dtype, device=device)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            shared = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = GatedMLP(config.hidden_size, shared, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, hidden] -> [T, hidden]"""
+        weights, experts = self.gate(x)
+        out = self.experts(x, weights, experts)
+        return out if self.shared_experts is None else out + self.shared_experts(x)

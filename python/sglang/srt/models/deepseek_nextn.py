@@ -1,0 +1,77 @@
+"""The multi-token-prediction (NextN) layer of DeepSeek checkpoints: the draft model.
+
+Source: DeepSeek-V3 (https://arxiv.org/abs/2412.19437), section 2.2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import linear
+from sglang.srt.layers.rotary import RotaryEmbedding
+from sglang.srt.model_config import ModelConfig
+from sglang.srt.models.deepseek_v32 import DeepseekV32DecoderLayer
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class DeepseekV3ForCausalLMNextN(nn.Module):
+    """One decoder layer over the next token's embedding and the target's hidden state.
+
+    In the checkpoint it is layer `num_hidden_layers`. The copies of the embedding and the head stored there
+    are the target's own, so they are not loaded: `set_embed_and_head` shares the target's.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        options = {"dtype": dtype, "device": device}
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.config = config
+        self.enorm = RMSNorm(hidden, eps, **options)
+        self.hnorm = RMSNorm(hidden, eps, **options)
+        self.eh_proj = linear(2 * hidden, hidden, **options)
+        self.decoder = DeepseekV32DecoderLayer(config, config.num_hidden_layers, 0, **options)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(hidden, eps, **options)})
+        self.rotary_emb = RotaryEmbedding(config.rope, config.qk_rope_head_dim, device)
+        self.embed: torch.Tensor | None = None  # [vocab, hidden]: the target's
+        self.head: torch.Tensor | None = None  # [vocab, hidden]: the target's
+        self.requires_grad_(False)
+
+    def set_embed_and_head(self, embed: torch.Tensor, head: torch.Tensor) -> None:
+        """Shares the target's embedding and output matrices, each [vocab, hidden]."""
+        self.embed, self.head = embed, head
+
+    @torch.inference_mode()
+    def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
+        """Reads input_ids and hidden_states [T, hidden]. Returns hidden states after the head's norm."""
+        assert self.embed is not None, "set_embed_and_head comes first"
+        assert forward_batch.hidden_states is not None
+        cos_sin = self.rotary_emb(forward_batch.positions)
+        embedded = self.enorm(F.embedding(forward_batch.input_ids, self.embed))
+        previous = self.hnorm(forward_batch.hidden_states.to(embedded.dtype))
+        x = self.eh_proj(torch.cat((embedded, previous), dim=-1))
+        return self.shared_head["norm"](self.decoder(x, cos_sin, forward_batch))
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [R, hidden] -> [R, vocab], float32"""
+        assert self.head is not None, "set_embed_and_head comes first"
+        return F.linear(hidden, self.head).float()
+
+    @property
+    def _prefix(self) -> str:
+        return f"model.layers.{self.config.num_hidden_layers}."
+
+    def checkpoint_weights(self) -> dict[str, torch.Tensor]:
+        """Every weight to fill, by its name in the checkpoint."""
+        return {self._prefix + name.removeprefix("decoder."): p for name, p in self.named_parameters()}
+
+    def ignored_checkpoint_weights(self) -> set[str]:
+        """Names that a checkpoint may hold without a use here."""
+        return {self._prefix + name for name in ("embed_tokens.weight", "shared_head.head.weight")}

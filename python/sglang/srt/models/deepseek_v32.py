@@ -1,0 +1,183 @@
+"""DeepSeek-V3.2: multi-head latent attention with the lightning indexer, and mixture of experts.
+
+Sources: DeepSeek-V2 (https://arxiv.org/abs/2405.04434) for latent attention, DeepSeek-V3
+(https://arxiv.org/abs/2412.19437) for the experts, and the DeepSeek-V3.2-Exp report for the indexer.
+Module names are those of the checkpoint; what is stacked here (gate and up, experts) the loader slices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sglang.srt.layers.attention.base_attn_backend import MLAInputs
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import linear
+from sglang.srt.layers.moe import DeepseekMoE, GatedMLP
+from sglang.srt.layers.rotary import RotaryEmbedding, apply_rotary_half, apply_rotary_interleaved
+from sglang.srt.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+CosSin = tuple[torch.Tensor, torch.Tensor]  # each [T, qk_rope_head_dim / 2], float32
+
+LATENT_NORM_EPS = 1e-6  # of the query's and the key's latents and of the indexer's keys, whatever the config
+
+
+class Indexer(nn.Module):
+    """Projects the indexer's queries, keys and head weights; the backend scores and selects."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim = config.index_n_heads, config.index_head_dim
+        options = {"dtype": dtype, "device": device}
+        self.wq_b = linear(config.q_lora_rank, self.n_heads * self.head_dim, **options)
+        self.wk = linear(config.hidden_size, self.head_dim, **options)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=LATENT_NORM_EPS, **options)
+        # float32 in every dtype of the model: the selection is sensitive to these weights.
+        self.weights_proj = linear(config.hidden_size, self.n_heads, dtype=torch.float32, device=device)
+        # The score's 1 / sqrt(head_dim) is positive, so it may leave the relu and join the weights' scale.
+        self.scale = self.n_heads**-0.5 * self.head_dim**-0.5
+
+    def forward(
+        self, x: torch.Tensor, q_latent: torch.Tensor, cos_sin: CosSin
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [T, hidden], q_latent [T, q_lora_rank] -> q [T, Hi, Di], k [T, Di], weights [T, Hi] float32."""
+        q = self.wq_b(q_latent).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.k_norm(self.wk(x))[:, None]
+        q, k = apply_rotary_half(q, *cos_sin), apply_rotary_half(k, *cos_sin).squeeze(1)
+        return q, k, self.weights_proj(x.float()) * self.scale
+
+
+class MLAttention(nn.Module):
+    """Multi-head latent attention, always absorbed: W_UK joins the query and W_UV the output."""
+
+    def __init__(
+        self, config: ModelConfig, layer_id: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        options = {"dtype": dtype, "device": device}
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        self.config = config
+        self.layer_id = layer_id
+        self.q_head_dims = (config.qk_nope_head_dim, config.qk_rope_head_dim)
+        self.kv_dims = (config.kv_lora_rank, config.qk_rope_head_dim)
+        self.q_a_proj = linear(hidden, config.q_lora_rank, bias, **options)
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, **options)
+        self.q_b_proj = linear(config.q_lora_rank, heads * sum(self.q_head_dims), **options)
+        self.kv_a_proj_with_mqa = linear(hidden, sum(self.kv_dims), bias, **options)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, **options)
+        self.kv_b_proj = linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), **options
+        )
+        self.o_proj = linear(heads * config.v_head_dim, hidden, bias, **options)
+        self.indexer = Indexer(config, **options)
+        # Views into kv_b_proj, which the loader fills in place: [H, nope, C] and [H, v_head_dim, C].
+        per_head = self.kv_b_proj.weight.detach().unflatten(0, (heads, -1))
+        self.w_uk, self.w_uv = per_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+
+    def forward(self, x: torch.Tensor, cos_sin: CosSin, forward_batch: ForwardBatch) -> torch.Tensor:
+        """x [T, hidden] -> [T, hidden]"""
+        q_latent = self.q_a_layernorm(self.q_a_proj(x))
+        q = self.q_b_proj(q_latent).unflatten(-1, (self.config.num_attention_heads, -1))
+        q_nope, q_rope = q.split(self.q_head_dims, dim=-1)
+        kv_latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.kv_dims, dim=-1)
+        q_index, k_index, index_weights = self.indexer(x, q_latent, cos_sin)
+        inputs = MLAInputs(
+            q_nope=torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1),
+            q_rope=apply_rotary_interleaved(q_rope, *cos_sin),
+            kv_latent=self.kv_a_layernorm(kv_latent),
+            k_rope=apply_rotary_interleaved(k_rope[:, None], *cos_sin).squeeze(1),
+            q_index=q_index,
+            k_index=k_index,
+            index_weights=index_weights,
+            softmax_scale=self.config.softmax_scale,
+        )
+        latents = forward_batch.attn_backend.forward(self.layer_id, inputs, forward_batch)  # [T, H, C]
+        values = torch.bmm(latents.transpose(0, 1), self.w_uv.transpose(1, 2))  # [H, T, v_head_dim]
+        return self.o_proj(values.transpose(0, 1).flatten(1))
+
+
+class DeepseekV32DecoderLayer(nn.Module):
+    """Attention and MLP (dense or experts), each with its norm and residual.
+
+    `config_layer` is the layer's number in the config, `layer_id` its number in the KV pool.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        config_layer: int,
+        layer_id: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        options = {"dtype": dtype, "device": device}
+        self.self_attn = MLAttention(config, layer_id, **options)
+        if config.mlp_layer_types[config_layer] == "sparse":
+            self.mlp = DeepseekMoE(config, **options)
+        else:
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, **options)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+
+    def forward(self, x: torch.Tensor, cos_sin: CosSin, forward_batch: ForwardBatch) -> torch.Tensor:
+        """x [T, hidden] -> [T, hidden]"""
+        x = x + self.self_attn(self.input_layernorm(x), cos_sin, forward_batch)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class DeepseekV32Model(nn.Module):
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        options = {"dtype": dtype, "device": device}
+        self.embed_tokens = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.hidden_size, **options)
+        self.layers = nn.ModuleList(
+            DeepseekV32DecoderLayer(config, i, i, **options) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+        self.rotary_emb = RotaryEmbedding(config.rope, config.qk_rope_head_dim, device)
+
+    def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
+        cos_sin = self.rotary_emb(forward_batch.positions)
+        x = self.embed_tokens(forward_batch.input_ids)
+        for layer in self.layers:
+            x = layer(x, cos_sin, forward_batch)
+        return self.norm(x)
+
+
+class DeepseekV32ForCausalLM(nn.Module):
+    """The target model. Weights are uninitialised until the loader has filled them."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DeepseekV32Model(config, dtype=dtype, device=device)
+        self.lm_head = linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.requires_grad_(False)
+
+    @torch.inference_mode()
+    def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
+        """Runs all layers. Returns the hidden states after the final norm, [T, hidden]."""
+        return self.model(forward_batch)
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [R, hidden] -> [R, vocab], float32"""
+        return F.linear(hidden, self.lm_head.weight).float()
+
+    def checkpoint_weights(self) -> dict[str, torch.Tensor]:
+        """Every weight to fill, by its name in the checkpoint."""
+        return dict(self.named_parameters())  # a tied lm_head appears once, as the embedding
+
+    def ignored_checkpoint_weights(self) -> set[str]:
+        """Names that a checkpoint may hold without a use here."""
+        return {"lm_head.weight"} if self.config.tie_word_embeddings else set()
