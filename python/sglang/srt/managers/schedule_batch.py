@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, TokenLogprob
+from sglang.srt.managers.io_struct import ReqOutput, TokenizedGenerateReqInput, TokenLogprob
 from sglang.srt.sampling.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+    from sglang.srt.mem_cache.radix_cache import TreeNode
 
 
 @dataclass(eq=False)
@@ -18,6 +22,7 @@ class Req:
     input_ids: list[int]
     sampling_params: SamplingParams
     seed: int
+    stream: bool = False
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
@@ -27,9 +32,11 @@ class Req:
     finish_reason: dict[str, Any] | None = None
     req_pool_idx: int | None = None  # None: holds no device memory
     pages: list[int] = field(default_factory=list)
+    cache_node: TreeNode | None = None  # its path is locked: the pages that the prefix cache owns
     kv_len: int = 0  # the committed length: tokens whose target KV is in the cache
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     spec_verify_ct: int = 0
+    num_sent: int = 0  # output tokens that a ReqOutput has carried
     arrival: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -39,6 +46,7 @@ class Req:
             input_ids=message.input_ids,
             sampling_params=message.sampling_params,
             seed=seed,
+            stream=message.stream,
             return_logprob=message.return_logprob,
             logprob_start_len=message.logprob_start_len,
             top_logprobs_num=message.top_logprobs_num,
@@ -48,6 +56,26 @@ class Req:
     def seqlen(self) -> int:
         """Prompt and output tokens; the last one is not in the cache while the request decodes."""
         return len(self.input_ids) + len(self.output_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.input_ids + self.output_ids
+
+    def next_output(self) -> ReqOutput:
+        """What no ReqOutput has carried yet."""
+        first = self.num_sent == 0
+        start, self.num_sent = self.num_sent, len(self.output_ids)
+        return ReqOutput(
+            rid=self.rid,
+            output_ids=self.output_ids[start:],
+            finish_reason=self.finish_reason,
+            prompt_tokens=len(self.input_ids),
+            completion_tokens=len(self.output_ids),
+            cached_tokens=self.cached_tokens,
+            spec_verify_ct=self.spec_verify_ct,
+            output_logprobs=self.output_logprobs[start:] if self.return_logprob else None,
+            input_logprobs=self.input_logprobs if first and self.logprob_start_len >= 0 else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -77,10 +105,13 @@ class StepOutput:
 class GenerationWorker(Protocol):
     """Runs the model: plain (`TpModelWorker`) or speculative (`EAGLEWorker`)."""
 
+    req_to_token_pool: ReqToTokenPool
     lookahead: int  # slots past the committed length that a decode step writes: 1, or D when speculating
     page_size: int
     num_pages: int  # pages 1 .. num_pages; page 0 is reserved
     context_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
 
     def prefill(self, chunks: list[PrefillChunk]) -> StepOutput:
         """One eager pass over all chunks."""

@@ -1,0 +1,381 @@
+"""Continuous batching: which requests run in the next step, and what becomes of its tokens."""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.io_struct import (
+    MAX_TOP_LOGPROBS,
+    AbortReq,
+    BatchOutput,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    ReqOutput,
+    SchedulerFailed,
+    SchedulerReady,
+    TokenizedGenerateReqInput,
+    TokenLogprob,
+    ToScheduler,
+)
+from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, Req, StepOutput
+from sglang.srt.managers.scheduler_link import ParentDied, SchedulerLink, ZmqLink, aborted
+from sglang.srt.managers.stop_checker import StopChecker
+from sglang.srt.mem_cache.allocator import PageAllocator
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.request_memory import RequestMemory
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+MAX_PREFILL_TOKENS = 16384  # of several prompts in one pass where prompts are not cut into chunks
+THROUGHPUT_WINDOW_S = 2.0
+
+
+class Scheduler:
+    """Owns all requests from their arrival to their last token.
+
+    A request waits, is prefilled chunk by chunk, runs, and finishes. At most one, `partial`, is between
+    two chunks: it goes on first in the next pass. When pages run out, the youngest running requests go back
+    to the head of the waiting queue and are prefilled again with what they have generated so far.
+    """
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        worker: GenerationWorker,
+        link: SchedulerLink,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.worker = worker
+        self.link = link
+        self.speculates = worker.lookahead > 1
+        self.memory = RequestMemory(
+            worker.req_to_token_pool,
+            PageAllocator(worker.num_pages),
+            RadixCache(worker.page_size, int(self.speculates), not server_args.disable_radix_cache),
+        )
+        self.max_total_num_tokens = worker.num_pages * worker.page_size
+        self.max_req_input_len = min(worker.context_len - 1, self.max_total_num_tokens - worker.lookahead)
+        self.chunked_prefill_size = server_args.chunked_prefill_size
+        self.stops = StopChecker(worker.eos_token_ids, worker.context_len, tokenizer)
+        self.seeds = random.Random(server_args.random_seed)
+        self.requests: dict[str, Req] = {}  # all that are not finished
+        self.waiting: deque[Req] = deque()
+        self.partial: Req | None = None
+        self.running: list[Req] = []  # oldest first
+        self.outputs: list[ReqOutput] = []  # of this step
+        self.handlers = {
+            TokenizedGenerateReqInput: self.add_request,
+            AbortReq: self.abort_request,
+            FlushCacheReqInput: self.flush_cache,
+            GetInternalStateReq: self.send_internal_state,
+        }
+        self.num_retractions = 0
+        self.num_prompt_tokens = 0  # of admitted requests
+        self.num_cached_tokens = 0
+        self.leak: str | None = None
+        self.throughput = Throughput()
+
+    def run(self) -> None:
+        while True:
+            self.step()
+
+    def step(self) -> None:
+        """Receive, schedule, forward, process, send. Waits for a message when there is nothing to do."""
+        for message in self.link.receive(block=self.is_idle):
+            self.handle(message)
+        if chunks := self.schedule_prefill():
+            self.process_prefill(chunks, self.worker.prefill(chunks))
+        elif reqs := self.schedule_decode():
+            self.process_decode(reqs, self.worker.decode(reqs))
+        self.send_outputs()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.requests
+
+    def handle(self, message: ToScheduler) -> None:
+        self.handlers[type(message)](message)
+
+    # Messages
+
+    def ready(self) -> SchedulerReady:
+        return SchedulerReady(self.max_total_num_tokens, self.max_req_input_len, self.worker.context_len)
+
+    def add_request(self, message: TokenizedGenerateReqInput) -> None:
+        try:
+            self.validate(message)
+        except ValueError as error:
+            self.outputs.append(aborted(message.rid, str(error), 400, len(message.input_ids)))
+            return
+        seed = message.sampling_params.seed
+        req = Req.from_input(message, self.seeds.getrandbits(63) if seed is None else seed)
+        self.requests[req.rid] = req
+        self.waiting.append(req)
+
+    def validate(self, message: TokenizedGenerateReqInput) -> None:
+        """Raises ValueError naming what makes the request impossible."""
+        params, length, vocab_size = message.sampling_params, len(message.input_ids), self.worker.vocab_size
+        if message.rid in self.requests:
+            raise ValueError(f"rid {message.rid!r} belongs to a request that is still running")
+        if length == 0:
+            raise ValueError("the prompt is empty")
+        if outside := [t for t in message.input_ids if not 0 <= t < vocab_size]:
+            raise ValueError(f"input_ids must be in [0, {vocab_size}), got {outside[0]}")
+        params.validate(vocab_size)
+        if params.stop and self.stops.tokenizer is None:
+            raise ValueError(f"stop {list(params.stop)} needs a tokenizer")
+        if not 0 <= message.top_logprobs_num <= MAX_TOP_LOGPROBS:
+            raise ValueError(
+                f"top_logprobs_num must be in [0, {MAX_TOP_LOGPROBS}], got {message.top_logprobs_num}"
+            )
+        if not -1 <= message.logprob_start_len < length:
+            raise ValueError(f"logprob_start_len must be in [-1, {length}), got {message.logprob_start_len}")
+        if length > self.max_req_input_len:
+            raise ValueError(f"the prompt has {length} tokens; the maximum is {self.max_req_input_len}")
+        longest = min(length + params.max_new_tokens, self.worker.context_len)
+        if longest - 1 + self.worker.lookahead > self.max_total_num_tokens:
+            raise ValueError(
+                f"the prompt's {length} tokens and max_new_tokens {params.max_new_tokens} "
+                f"do not fit into the cache of {self.max_total_num_tokens} tokens"
+            )
+
+    def abort_request(self, message: AbortReq) -> None:
+        """Frees a request that its client gave up; one that is not there has finished."""
+        if req := self.requests.get(message.rid):
+            self.finish(req, {"type": "abort", "message": "aborted by the client"})
+
+    def flush_cache(self, message: FlushCacheReqInput) -> None:
+        if self.is_idle:
+            self.memory.flush()
+        text = "" if self.is_idle else f"{len(self.requests)} requests are not finished"
+        self.link.send(FlushCacheReqOutput(message.request_id, self.is_idle, text))
+
+    def send_internal_state(self, message: GetInternalStateReq) -> None:
+        self.link.send(GetInternalStateReqOutput(message.request_id, self.internal_state()))
+
+    def internal_state(self) -> dict[str, Any]:
+        return self.worker.internal_state() | {
+            "num_running_reqs": len(self.running) + (self.partial is not None),
+            "num_waiting_reqs": len(self.waiting),
+            "available_pages": self.memory.allocator.available,
+            "evictable_pages": self.memory.cache.evictable_pages,
+            "total_pages": self.worker.num_pages,
+            "cache_hit_rate": self.num_cached_tokens / max(self.num_prompt_tokens, 1),
+            "num_retractions": self.num_retractions,
+            "leak": self.leak,
+            "gen_throughput": self.throughput.tokens_per_second,
+        }
+
+    # Scheduling
+
+    def schedule_prefill(self) -> list[PrefillChunk]:
+        """The partial request first, then those that wait, in their order, while tokens and memory last."""
+        budget = self.chunked_prefill_size if self.chunked_prefill_size > 0 else MAX_PREFILL_TOKENS
+        chunks: list[PrefillChunk] = []
+        shared: list[Req] = []  # will find in the cache what this pass computes: better off in the next one
+        while budget > 0:
+            if self.partial is not None:
+                req, self.partial = self.partial, None
+            elif not self.waiting:
+                break
+            elif self.shares_with(self.waiting[0], chunks):
+                shared.append(self.waiting.popleft())
+                continue
+            elif self.admit(self.waiting[0], len(chunks)):
+                req = self.waiting.popleft()
+            else:
+                break
+            whole = self.chunked_prefill_size <= 0
+            chunk = next_chunk(req, req.seqlen if whole else budget)
+            budget -= len(chunk.tokens)
+            chunks.append(chunk)
+        self.waiting.extendleft(reversed(shared))
+        return chunks
+
+    def shares_with(self, req: Req, chunks: list[PrefillChunk]) -> bool:
+        """Whether the first page that `req` lacks in the cache is the next one of a chunk's request."""
+        cache = self.memory.cache
+        if not chunks or not cache.enabled or req.logprob_start_len >= 0:
+            return False
+        node = cache.match(req.token_ids)
+        key = cache.key(req.token_ids, node.depth)
+        return len(key) == cache.page_size + cache.lookahead_tokens and any(
+            chunk.req.cache_node is node and cache.key(chunk.req.token_ids, node.depth) == key
+            for chunk in chunks
+        )
+
+    def admit(self, req: Req, num_admitted: int) -> bool:
+        """Leaves a page for each running request, or the next decode steps would retract this one."""
+        headroom = len(self.running) + num_admitted
+        if not self.memory.admit(req, req.seqlen + self.worker.lookahead, headroom):
+            return False
+        if not req.output_ids:  # not after a retraction
+            req.cached_tokens = req.kv_len
+            self.num_prompt_tokens += len(req.input_ids)
+            self.num_cached_tokens += req.kv_len
+        return True
+
+    def schedule_decode(self) -> list[Req]:
+        """All running requests, with pages for the positions that the step may write."""
+        for req in list(self.running):
+            while req.req_pool_idx is not None and not self.memory.reserve(
+                req, req.kv_len + self.worker.lookahead
+            ):
+                self.retract(self.running[-1])
+        return list(self.running)
+
+    def retract(self, req: Req) -> None:
+        self.num_retractions += 1
+        logger.info("retracted request %s at %d tokens: the cache is full", req.rid, req.seqlen)
+        self.running.remove(req)
+        self.memory.release(req)
+        self.waiting.appendleft(req)
+
+    # Results
+
+    def process_prefill(self, chunks: list[PrefillChunk], output: StepOutput) -> None:
+        for i, chunk in enumerate(chunks):
+            req = chunk.req
+            req.kv_len += len(chunk.tokens)
+            self.memory.share(req)
+            if output.input_logprobs is not None and not req.output_ids:
+                req.input_logprobs += output.input_logprobs[i]
+            if chunk.next_token is not None:
+                self.partial = req
+                continue
+            bisect.insort(self.running, req, key=lambda r: r.arrival)
+            self.append_tokens(req, output.tokens[i], output.logprobs and output.logprobs[i])
+
+    def process_decode(self, reqs: list[Req], output: StepOutput) -> None:
+        for i, req in enumerate(reqs):
+            req.kv_len += len(output.tokens[i])
+            req.spec_verify_ct += self.speculates
+            self.append_tokens(req, output.tokens[i], output.logprobs and output.logprobs[i])
+        self.throughput.add(sum(map(len, output.tokens)), len(reqs), len(self.waiting))
+
+    def append_tokens(self, req: Req, tokens: list[int], logprobs: list[TokenLogprob] | None) -> None:
+        """Takes tokens up to the first that ends the request; what was speculated beyond it is dropped."""
+        reason: dict[str, Any] | None = None
+        try:
+            for i, token in enumerate(tokens):
+                req.output_ids.append(token)
+                if req.return_logprob:
+                    assert logprobs is not None, "the worker returned no logprobs"
+                    req.output_logprobs.append(logprobs[i])
+                if (reason := self.stops.check(req)) is not None:
+                    break
+        except Exception as error:  # concerns this request alone: the others go on
+            logger.exception("request %s failed", req.rid)
+            reason = {"type": "abort", "message": f"internal error: {error}", "status_code": 500}
+        if reason is not None:
+            self.finish(req, reason)
+        elif req.stream or req.num_sent == 0:
+            self.outputs.append(req.next_output())
+
+    def finish(self, req: Req, reason: dict[str, Any]) -> None:
+        req.finish_reason = reason
+        self.outputs.append(req.next_output())
+        del self.requests[req.rid]
+        if req.req_pool_idx is None:
+            self.waiting.remove(req)
+            return
+        if req is self.partial:
+            self.partial = None
+        else:
+            self.running.remove(req)
+        self.memory.release(req)
+
+    def send_outputs(self) -> None:
+        if self.outputs:
+            self.link.send(BatchOutput(self.outputs))
+            self.outputs = []
+            if self.is_idle:
+                self.leak = self.check_memory()
+                if self.leak is not None:
+                    logger.error("memory is not accounted for: %s", self.leak)
+
+    def check_memory(self) -> str | None:
+        """What is wrong with the pages and the request slots of an idle scheduler; None: all are there."""
+        return self.memory.check()
+
+
+def next_chunk(req: Req, budget: int) -> PrefillChunk:
+    tokens = req.token_ids
+    end = min(req.kv_len + budget, len(tokens))
+    return PrefillChunk(req, tokens[req.kv_len : end], tokens[end] if end < len(tokens) else None)
+
+
+class Throughput:
+    """Generated tokens per second over the last window."""
+
+    def __init__(self) -> None:
+        self.tokens_per_second = 0.0
+        self._tokens = 0
+        self._start = time.perf_counter()
+
+    def add(self, tokens: int, running: int, waiting: int) -> None:
+        self._tokens += tokens
+        elapsed = time.perf_counter() - self._start
+        if elapsed < THROUGHPUT_WINDOW_S:
+            return
+        self.tokens_per_second = self._tokens / elapsed
+        self._tokens, self._start = 0, time.perf_counter()
+        logger.info("decode: %d running, %d waiting, %.1f tokens/s", running, waiting, self.tokens_per_second)
+
+
+def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer  # slow to import, and not needed by whoever brings a tokenizer
+
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:
+    """The scheduler process: loads the model, says that it is ready, and serves until its parent ends it.
+
+    Ends with the parent, however the parent dies. Where it cannot start or a step fails, it says why
+    (`SchedulerFailed`) and exits with status 1.
+    """
+    from sglang.srt.managers.tp_worker import create_worker
+
+    parent = multiprocessing.parent_process()
+    link = ZmqLink(port_args, os.getppid() if parent is None else parent.pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    end_with_parent()
+    logging.basicConfig(
+        level=server_args.log_level.upper(), format="[%(asctime)s scheduler] %(levelname)s %(message)s"
+    )
+    try:
+        tokenizer = load_tokenizer(server_args.model_path)
+        scheduler = Scheduler(server_args, create_worker(server_args), link, tokenizer)
+        link.send(scheduler.ready())
+        scheduler.run()
+    except ParentDied as error:
+        logger.error("the scheduler ends: its parent died (%s)", error)
+    except Exception as error:
+        logger.exception("the scheduler ends")
+        link.send(SchedulerFailed(f"{type(error).__name__}: {error}"))
+        link.close()
+    sys.exit(1)
+
+
+def end_with_parent() -> None:
+    """Asks Linux to end this process when its parent dies, also in the middle of a step."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

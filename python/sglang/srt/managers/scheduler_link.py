@@ -1,0 +1,102 @@
+"""How the scheduler receives requests and sends tokens: within one process, or over ZeroMQ."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from sglang.srt.managers.io_struct import BatchOutput, FromScheduler, ReqOutput, ToScheduler
+from sglang.srt.server_args import PortArgs
+
+logger = logging.getLogger(__name__)
+
+PARENT_CHECK_MS = 1000
+
+
+class SchedulerLink(Protocol):
+    def receive(self, block: bool) -> list[ToScheduler]:
+        """All messages that are there. With `block`, waits for the first one."""
+        ...
+
+    def send(self, message: FromScheduler) -> None: ...
+
+
+class LocalLink:
+    """Both ends in one process. Never blocks: whoever runs the scheduler's steps also fills the inbox."""
+
+    def __init__(self) -> None:
+        self.inbox: deque[ToScheduler] = deque()
+        self.outbox: deque[FromScheduler] = deque()
+
+    def receive(self, block: bool) -> list[ToScheduler]:
+        messages = list(self.inbox)
+        self.inbox.clear()
+        return messages
+
+    def send(self, message: FromScheduler) -> None:
+        self.outbox.append(message)
+
+
+class ParentDied(Exception):
+    """The process that started the scheduler is gone; nobody is left to serve."""
+
+
+class ZmqLink:
+    """The scheduler's end of the two sockets that the tokenizer process binds."""
+
+    def __init__(self, port_args: PortArgs, parent_pid: int) -> None:
+        self._parent_pid = parent_pid
+        self._context = zmq.Context(io_threads=1)
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.connect(port_args.scheduler_input_ipc_name)
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._outbox.connect(port_args.tokenizer_ipc_name)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToScheduler)
+
+    def receive(self, block: bool) -> list[ToScheduler]:
+        """As in the protocol. Raises ParentDied while waiting, if so."""
+        while block and not self._inbox.poll(PARENT_CHECK_MS):
+            if os.getppid() != self._parent_pid:
+                raise ParentDied(f"process {self._parent_pid}")
+        messages: list[ToScheduler] = []
+        while self._inbox.poll(0):
+            raw = self._inbox.recv()
+            try:
+                messages.append(self._decoder.decode(raw))
+            except msgspec.DecodeError as error:
+                self._refuse(raw, error)
+        return messages
+
+    def send(self, message: FromScheduler) -> None:
+        self._outbox.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        """Delivers what was sent, for at most a second."""
+        self._context.destroy(linger=1000)
+
+    def _refuse(self, raw: bytes, error: msgspec.DecodeError) -> None:
+        """Aborts the one request that a message of the wrong shape is about. Raises if it is about none."""
+        content = msgspec.msgpack.decode(raw)
+        if not isinstance(content, dict) or not isinstance(content.get("rid"), str):
+            raise error
+        logger.error("request %s cannot be read: %s", content["rid"], error)
+        self.send(BatchOutput([aborted(content["rid"], f"the request cannot be read: {error}", 400)]))
+
+
+def aborted(rid: str, message: str, status_code: int, prompt_tokens: int = 0) -> ReqOutput:
+    """The last output of a request that the scheduler does not, or no longer, keep."""
+    return ReqOutput(
+        rid=rid,
+        output_ids=[],
+        finish_reason={"type": "abort", "message": message, "status_code": status_code},
+        prompt_tokens=prompt_tokens,
+        completion_tokens=0,
+        cached_tokens=0,
+        spec_verify_ct=0,
+    )
