@@ -45,7 +45,7 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
 
     def set_embed_and_head(self, embed: torch.Tensor, head: torch.Tensor) -> None:
         """Shares the target's embedding and output matrices, each [vocab, hidden]."""
-        self.embed, self.head = embed, head
+        self.embed, self.head = embed.detach(), head.detach()  # not parameters of this module
 
     @torch.inference_mode()
     def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:

@@ -1,0 +1,22 @@
+"""The kernel library, wherever it is installed: beside this package in the plugin, else `sgl_kernel`."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def load_kernels(device_type: str) -> ModuleType:
+    """The library with operators for `device_type`. Raises ImportError with the reason."""
+    try:
+        library = importlib.import_module("sgl_kernel")
+    except ImportError as error:
+        raise ImportError(f"the kernel library is not installed: {error}") from error
+    if not hasattr(library, "FusedMetadataCopyPlan"):
+        raise ImportError(
+            f"the installed sgl_kernel ({library.__file__}) is another library than sgl-kernel-nsa: "
+            "it has no FusedMetadataCopyPlan"
+        )
+    if not library.available(device_type):
+        raise ImportError(f"the kernel library has no operators for {device_type}: {library.load_error()}")
+    return library

@@ -1,0 +1,224 @@
+"""The paths by which metadata gets into N backends, and the table that selects one.
+
+Every path is a list of stages over static buffers, planned at capture and run at replay.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .generate import Destination, FusedGenerator, Generator, TorchGenerator
+from .kernels import load_kernels
+from .metadata import MetadataBuffers, MetadataShape, NSAMetadata, as_precomputed
+from .nsa_backend_mtp_precompute import MetadataInputs
+from .replicate import COPIERS, Copier, plan_regions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MetadataSelection:
+    """What the user chose. `copy` 'auto' means fused, or torch where the library cannot be loaded."""
+
+    enabled: bool = False  # SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA
+    layout: str = "replicate"  # replicate | shared | in_graph
+    copy: str = "auto"  # auto, or a key of COPIERS
+    draft_seqlens: str = "step"  # step: draft step i counts i + 1 more than committed; or committed
+    verify: bool = False  # SGLANG_NSA_VERIFY_METADATA
+
+    @property
+    def path(self) -> str:
+        return self.layout if self.enabled else "recompute"
+
+    def draft_offsets(self, draft_backends: int) -> tuple[int, ...]:
+        """What each draft backend adds to the committed lengths."""
+        return tuple(i + 1 if self.draft_seqlens == "step" else 0 for i in range(draft_backends))
+
+
+@dataclass(frozen=True)
+class MetadataMethods:
+    """How stages are carried out."""
+
+    copy: str
+    generator: type[Generator]
+    copier: type[Copier]
+
+
+TORCH_METHODS = MetadataMethods("torch", TorchGenerator, COPIERS["torch"])
+
+
+def select_methods(selection: MetadataSelection, device: torch.device) -> tuple[MetadataMethods, str | None]:
+    """The methods to use, and why they are not the fused ones where 'auto' had to do without.
+
+    Raises ImportError where 'fused' is asked for by name and the library cannot be loaded.
+    """
+    if not selection.enabled:
+        return TORCH_METHODS, None
+    if selection.copy not in ("auto", *COPIERS):
+        raise ValueError(
+            f"metadata copy method must be auto or one of {list(COPIERS)}, got {selection.copy!r}"
+        )
+    copy = "fused" if selection.copy == "auto" else selection.copy
+    try:
+        load_kernels(device.type)
+    except ImportError as error:
+        if selection.copy == "fused":
+            raise
+        # The other methods copy without the library; only their staging set is then computed in torch.
+        copy = "torch" if selection.copy == "auto" else copy
+        return MetadataMethods(copy, TorchGenerator, COPIERS[copy]), str(error)
+    return MetadataMethods(copy, FusedGenerator, COPIERS[copy]), None
+
+
+Stage = Callable[[int], None]  # given a bound of the row lengths
+
+
+@dataclass(frozen=True)
+class MetadataPath:
+    """One way to keep the backends up to date."""
+
+    plan: Callable[
+        [MetadataMethods, MetadataInputs, Sequence[Destination], list[MetadataBuffers]], list[Stage]
+    ]
+    shares_buffers: bool  # the backends alias one set
+    in_graph: bool  # the stages are the first nodes of the captured function
+
+
+def _recompute(methods, inputs, backends, staging) -> list[Stage]:
+    return [TorchGenerator(inputs, backends).run]
+
+
+def _replicate(methods, inputs, backends, staging) -> list[Stage]:
+    if len(backends) == 1:  # nothing to replicate
+        return _generate(methods, inputs, backends, staging)
+    sets = [buffers.view(inputs.shape.bs) for buffers in staging]
+    offsets = sorted({backend.seqlens_offset for backend in backends})
+    generator = methods.generator(inputs, _one_table_owner(sets, offsets))
+    regions = plan_regions([as_precomputed(s) for s in sets], [backend.metadata for backend in backends])
+    return [generator.run, methods.copier(regions).run]
+
+
+def _generate(methods, inputs, backends, staging) -> list[Stage]:
+    return [methods.generator(inputs, backends).run]
+
+
+PATHS: dict[str, MetadataPath] = {
+    "recompute": MetadataPath(_recompute, shares_buffers=False, in_graph=False),
+    "replicate": MetadataPath(_replicate, shares_buffers=False, in_graph=False),
+    "shared": MetadataPath(_generate, shares_buffers=True, in_graph=False),
+    "in_graph": MetadataPath(_generate, shares_buffers=True, in_graph=True),
+}
+
+
+def _one_table_owner(sets: Sequence[NSAMetadata], offsets: Sequence[int]) -> list[Destination]:
+    """Destinations that alias one set of page tables: the one with the longest rows writes them."""
+    longest = max(offsets, default=0)
+    return [Destination(s, offset, owns_tables=offset == longest) for s, offset in zip(sets, offsets)]
+
+
+def _buffer_sets(shape: MetadataShape, count: int, device: torch.device) -> list[MetadataBuffers]:
+    """`count` sets of length vectors over one set of page tables."""
+    first = MetadataBuffers.create(shape, device)
+    return [first, *(first.with_own_lengths() for _ in range(count - 1))]
+
+
+class GraphMetadata:
+    """The metadata of N backends that one captured function reads, for every captured batch size.
+
+    Owns all tensors involved. `capture` plans a batch size, `replay` brings its metadata up to date before
+    the graph runs; on the in-graph path `run_in_graph` does it as the graph's first node.
+    """
+
+    def __init__(
+        self,
+        selection: MetadataSelection,
+        max_shape: MetadataShape,
+        offsets: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self.selection = selection
+        self.path = PATHS[selection.path]
+        self.offsets = tuple(offsets)
+        self.methods, self.fallback_reason = select_methods(selection, device)
+        self.fallbacks = 0
+        self.replays = 0
+        if self.fallback_reason is not None and selection.copy == "auto":
+            self.fallbacks += 1
+        distinct = sorted(set(offsets))
+        if self.path.shares_buffers:
+            by_offset = dict(zip(distinct, _buffer_sets(max_shape, len(distinct), device)))
+            self.buffers = [by_offset[offset] for offset in offsets]
+        else:
+            self.buffers = [MetadataBuffers.create(max_shape, device) for _ in offsets]
+        stages_needed = selection.path == "replicate" and len(offsets) > 1
+        self.staging = _buffer_sets(max_shape, len(distinct), device) if stages_needed else []
+        self.inputs: dict[int, MetadataInputs] = {}
+        self.backends: dict[int, list[NSAMetadata]] = {}
+        self._stages: dict[int, list[Stage]] = {}
+
+    def capture(self, inputs: MetadataInputs) -> list[NSAMetadata]:
+        """Plans a batch size over the graph's static inputs; returns the metadata of each backend."""
+        bs = inputs.shape.bs
+        self.inputs[bs] = inputs
+        self.backends[bs] = [buffers.view(bs) for buffers in self.buffers]
+        self._plan(bs)
+        return self.backends[bs]
+
+    def replay(self, bs: int, max_len: int) -> None:
+        """Before a replay: all host-launched stages. `max_len` bounds the rows' lengths (-1: unknown)."""
+        self.replays += 1
+        if self.path.in_graph:
+            return
+        try:
+            self._run(bs, max_len)
+        except RuntimeError as error:
+            if self.selection.copy != "auto" or self.methods is TORCH_METHODS:
+                raise
+            self._fall_back(error)
+            self._run(bs, max_len)
+        if self.selection.verify:
+            self.check(bs)
+
+    def run_in_graph(self, bs: int) -> None:
+        """Inside the captured function, before the first layer."""
+        if self.path.in_graph:
+            self._run(bs, -1)
+
+    def check(self, bs: int) -> None:
+        """Raises MetadataMismatchError where the backends differ from the torch reference."""
+        from .verify import check_metadata
+
+        check_metadata(self.inputs[bs], list(zip(self.backends[bs], self.offsets)))
+
+    @property
+    def table_bytes(self) -> tuple[int, int]:
+        """Bytes of page tables held by the backends, and what one set for each would take."""
+        held = {b.page_table_1.data_ptr(): b.table_bytes for b in self.buffers}
+        return sum(held.values()), sum(b.table_bytes for b in self.buffers)
+
+    def _run(self, bs: int, max_len: int) -> None:
+        for stage in self._stages[bs]:
+            stage(max_len)
+
+    def _plan(self, bs: int) -> None:
+        sets = self.backends[bs]
+        if self.path.shares_buffers:
+            distinct = dict(zip(self.offsets, sets))
+            destinations = _one_table_owner(list(distinct.values()), list(distinct))
+        else:
+            destinations = [Destination(metadata, offset) for metadata, offset in zip(sets, self.offsets)]
+        self._stages[bs] = (
+            [] if not sets else self.path.plan(self.methods, self.inputs[bs], destinations, self.staging)
+        )
+
+    def _fall_back(self, error: RuntimeError) -> None:
+        logger.warning("the fused metadata kernels failed, using torch from now on: %s", error)
+        self.fallbacks += 1
+        self.fallback_reason = str(error)
+        self.methods = TORCH_METHODS
+        for bs in self.inputs:
+            self._plan(bs)

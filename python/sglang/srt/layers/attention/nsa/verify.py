@@ -1,0 +1,78 @@
+"""Compares the metadata that backends hold with the torch reference, and names the first difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .metadata import Extent, MetadataField, NSAMetadata, PrecomputedMetadata, fields_of
+from .nsa_backend_mtp_precompute import MetadataInputs, precompute_metadata
+
+
+@dataclass(frozen=True)
+class MetadataDifference:
+    """One element that is not what it must be; `column` is None in a vector."""
+
+    field: str
+    backend: int
+    row: int
+    column: int | None
+    expected: int
+    found: int
+
+    def __str__(self) -> str:
+        place = f"row {self.row}" if self.column is None else f"row {self.row}, column {self.column}"
+        return (
+            f"stale or wrong NSA metadata: {self.field} of backend {self.backend}, {place}: "
+            f"expected {self.expected}, found {self.found}"
+        )
+
+
+class MetadataMismatchError(RuntimeError):
+    """A replay would read metadata that differs from the reference."""
+
+    def __init__(self, difference: MetadataDifference) -> None:
+        super().__init__(str(difference))
+        self.difference = difference
+
+
+def first_difference(
+    reference: PrecomputedMetadata, metadata: NSAMetadata, backend: int = 0
+) -> MetadataDifference | None:
+    """The first live element, in field, row and column order, in which `metadata` differs."""
+    for field in fields_of(metadata.shape.mode):
+        expected, found = field.of(reference), field.of(metadata)
+        if expected is None or found is None:
+            continue
+        found = found[tuple(slice(n) for n in expected.shape)]
+        wrong = (expected != found) & _live(field, reference, expected)
+        if wrong.any():
+            index = wrong.nonzero()[0].tolist()
+            row, column = index if len(index) == 2 else (index[0], None)
+            at = tuple(index)
+            return MetadataDifference(field.backend, backend, row, column, int(expected[at]), int(found[at]))
+    return None
+
+
+def check_metadata(inputs: MetadataInputs, backends: Sequence[tuple[NSAMetadata, int]]) -> None:
+    """Raises MetadataMismatchError where a backend, given with its length offset, is not up to date."""
+    references: dict[int, PrecomputedMetadata] = {}
+    for index, (metadata, offset) in enumerate(backends):
+        if offset not in references:
+            references[offset] = precompute_metadata(inputs, seqlens_offset=offset)
+        difference = first_difference(references[offset], metadata, index)
+        if difference is not None:
+            raise MetadataMismatchError(difference)
+
+
+def _live(
+    field: MetadataField, reference: PrecomputedMetadata, expected: torch.Tensor
+) -> torch.Tensor | bool:
+    """Which elements of a field readers may read: table columns below the row's length."""
+    if not field.is_table:
+        return True
+    per = reference.shape.page_size if field.extent is Extent.PAGED_TABLE else 1
+    columns = torch.arange(expected.shape[1], device=expected.device, dtype=torch.int32)
+    return columns[None, :] * per < reference.seqlens_expanded[:, None]

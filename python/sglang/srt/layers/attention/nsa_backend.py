@@ -1,0 +1,181 @@
+"""NSA attention: the backend of one model, and the N backends of the draft steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, MLAInputs
+from sglang.srt.layers.attention.nsa.metadata import (
+    MetadataMode,
+    MetadataShape,
+    NSAMetadata,
+    as_backend_metadata,
+)
+from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs, precompute_metadata
+from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataSelection
+from sglang.srt.layers.attention.registry import SparseAttentionOps
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+METADATA_MODES: dict[ForwardMode, MetadataMode] = {
+    ForwardMode.DECODE: MetadataMode.DECODE,
+    ForwardMode.TARGET_VERIFY: MetadataMode.TARGET_VERIFY,
+    ForwardMode.DRAFT_EXTEND: MetadataMode.DRAFT_EXTEND,
+}
+
+
+@dataclass(frozen=True)
+class NSAConfig:
+    """What all backends of a server have in common."""
+
+    topk: int  # index_topk
+    page_size: int
+    width: int  # columns of a page table: the longest sequence and the drafts beyond it
+    device: torch.device
+    selection: MetadataSelection
+    prefill_ops: SparseAttentionOps
+    decode_ops: SparseAttentionOps
+
+    def shape(self, mode: MetadataMode, bs: int, rows_per_req: int) -> MetadataShape:
+        return MetadataShape(mode, bs, rows_per_req, self.width, self.page_size, self.topk)
+
+
+@dataclass(frozen=True)
+class RaggedMetadata:
+    """EXTEND: requests with any number of rows, which share their request's page table."""
+
+    page_table_1: torch.Tensor  # [bs, max_len], int32
+    nsa_seqlens_expanded: torch.Tensor  # [T], int32: keys visible to each row
+    table_rows: torch.Tensor  # [T], int64: which page table a row reads
+
+
+class _GraphHooks:
+    """What the graph runner calls on a backend, or on a group of backends that run in one graph."""
+
+    attn_backends: Sequence[NativeSparseAttnBackend]
+    config: NSAConfig
+    graph_metadata: GraphMetadata | None = None
+
+    def init_cuda_graph_state(
+        self, max_bs: int, mode: MetadataMode, rows_per_req: int, offsets: Sequence[int]
+    ) -> None:
+        """Allocates the graph-owned metadata; `offsets` is what each backend adds to the lengths."""
+        shape = self.config.shape(mode, max_bs, rows_per_req)
+        self.graph_metadata = GraphMetadata(self.config.selection, shape, offsets, self.config.device)
+
+    def init_forward_metadata_capture_cuda_graph(self, inputs: MetadataInputs) -> None:
+        """Plans one batch size over the graph's static inputs and brings it up to date once."""
+        self.graph_metadata.capture(inputs)
+        self.init_forward_metadata_replay_cuda_graph(inputs.shape.bs, -1)
+
+    def init_forward_metadata_replay_cuda_graph(self, bs: int, max_len: int) -> None:
+        """Before each replay: the metadata of the (padded) batch size. `max_len` bounds the row lengths."""
+        self.graph_metadata.replay(bs, max_len)
+        for backend, metadata in zip(self.attn_backends, self.graph_metadata.backends[bs]):
+            backend.forward_metadata = metadata
+
+    def init_forward_metadata_in_graph(self, bs: int) -> None:
+        """The first thing that the captured function does."""
+        self.graph_metadata.run_in_graph(bs)
+
+    def check_after_replay(self, bs: int) -> None:
+        """Metadata that the graph itself generates can only be verified once the graph has run."""
+        if self.config.selection.verify and self.graph_metadata.path.in_graph:
+            self.graph_metadata.check(bs)
+
+
+class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
+    """Sparse MLA attention over the paged cache: index, select the top-k, attend."""
+
+    def __init__(self, config: NSAConfig) -> None:
+        self.config = config
+        self.attn_backends = (self,)
+        self.forward_metadata: NSAMetadata | RaggedMetadata | None = None
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """The metadata of an eager pass."""
+        if forward_batch.forward_mode.is_extend():
+            self.forward_metadata = _ragged_metadata(forward_batch)
+        else:
+            self.forward_metadata = as_backend_metadata(
+                precompute_metadata(metadata_inputs(self.config, forward_batch))
+            )
+
+    def forward(self, layer_id: int, inputs: MLAInputs, forward_batch: ForwardBatch) -> torch.Tensor:
+        """Writes the layer's keys, selects the top-k slots and attends: [T, H, kv_lora_rank]."""
+        pool, loc = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc
+        pool.set_mla_kv_buffer(layer_id, loc, inputs.kv_latent, inputs.k_rope)
+        pool.set_index_k_buffer(layer_id, loc, inputs.k_index)
+
+        metadata = self.forward_metadata
+        ragged = isinstance(metadata, RaggedMetadata)
+        ops = self.config.prefill_ops if ragged else self.config.decode_ops
+        lengths = metadata.nsa_seqlens_expanded
+        slots = ops.select_topk(
+            inputs.q_index,
+            inputs.index_weights,
+            pool.index_k_buffer[layer_id],
+            metadata.page_table_1,
+            metadata.table_rows if ragged else None,
+            lengths,
+            self.config.topk,
+            _live_width(lengths, metadata.page_table_1),
+        )  # [T, topk], int32
+        return ops.sparse_mla(
+            inputs.q_nope, inputs.q_rope, pool.kv_buffer[layer_id], slots, inputs.softmax_scale
+        )
+
+
+class NativeSparseAttnMultiStepBackend(_GraphHooks):
+    """The N = S - 1 backends of the draft steps, whose metadata is refreshed together."""
+
+    def __init__(self, config: NSAConfig, draft_backends: int) -> None:
+        self.config = config
+        self.attn_backends = tuple(NativeSparseAttnBackend(config) for _ in range(draft_backends))
+        self.offsets = config.selection.draft_offsets(draft_backends)
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Eager drafts: each step's metadata, or one for all steps of equal lengths with the flag."""
+        inputs = metadata_inputs(self.config, forward_batch)
+        computed: dict[int, NSAMetadata] = {}
+        for backend, offset in zip(self.attn_backends, self.offsets):
+            if offset not in computed or not self.config.selection.enabled:
+                computed[offset] = as_backend_metadata(precompute_metadata(inputs, seqlens_offset=offset))
+            backend.forward_metadata = computed[offset]
+
+
+def metadata_inputs(config: NSAConfig, forward_batch: ForwardBatch) -> MetadataInputs:
+    """What the metadata of a batch with a fixed number of rows a request is computed from."""
+    bs = forward_batch.batch_size
+    mode = METADATA_MODES[forward_batch.forward_mode]
+    rows_per_req = forward_batch.input_ids.shape[0] // bs if bs else 1
+    return MetadataInputs(
+        shape=config.shape(mode, bs, rows_per_req),
+        seq_lens=forward_batch.seq_lens,
+        req_pool_indices=forward_batch.req_pool_indices,
+        req_to_token=forward_batch.req_to_token_pool.req_to_token,
+        accept_lens=forward_batch.accept_lens,
+    )
+
+
+def _ragged_metadata(forward_batch: ForwardBatch) -> RaggedMetadata:
+    req_to_token = forward_batch.req_to_token_pool.req_to_token
+    device = req_to_token.device
+    rows = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int64, device=device)  # [bs]
+    width = max(forward_batch.seq_lens_cpu, default=0)
+    return RaggedMetadata(
+        page_table_1=req_to_token[:, :width].index_select(0, forward_batch.req_pool_indices),
+        nsa_seqlens_expanded=(forward_batch.positions + 1).to(torch.int32),
+        table_rows=torch.repeat_interleave(
+            torch.arange(len(rows), device=device), rows, output_size=forward_batch.input_ids.shape[0]
+        ),
+    )
+
+
+def _live_width(lengths: torch.Tensor, page_table: torch.Tensor) -> int:
+    """Columns worth looking at. On the CPU reading the longest length costs nothing."""
+    if lengths.device.type != "cpu":
+        return page_table.shape[1]
+    return min(int(lengths.max()), page_table.shape[1]) if lengths.numel() else 0

@@ -1,0 +1,112 @@
+"""A model with its cache and its attention backend, and the forward passes that the workers make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool, ReqToTokenPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+
+@dataclass(frozen=True)
+class ExtendBatch:
+    """The chunks of one prefill pass: what the target and the NextN layer have in common."""
+
+    req_pool_indices: torch.Tensor  # [bs], int32
+    positions: torch.Tensor  # [T], int64
+    out_cache_loc: torch.Tensor  # [T], int64
+    seq_lens: torch.Tensor  # [bs], int32: after the pass
+    seq_lens_cpu: list[int]
+    extend_seq_lens_cpu: list[int]
+
+    @classmethod
+    def create(
+        cls, pool: ReqToTokenPool, indices: Sequence[int], prefix_lens: Sequence[int], lens: Sequence[int]
+    ) -> ExtendBatch:
+        device = pool.req_to_token.device
+        positions = torch.cat([torch.arange(p, p + n) for p, n in zip(prefix_lens, lens)]).to(device)
+        row_requests = torch.repeat_interleave(torch.tensor(indices), torch.tensor(lens)).to(device)
+        seq_lens = [p + n for p, n in zip(prefix_lens, lens)]
+        return cls(
+            req_pool_indices=torch.tensor(indices, dtype=torch.int32, device=device),
+            positions=positions,
+            out_cache_loc=pool.req_to_token[row_requests, positions].long(),
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
+            seq_lens_cpu=seq_lens,
+            extend_seq_lens_cpu=list(lens),
+        )
+
+
+class ModelRunner:
+    """Forward passes of one model."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        token_to_kv_pool: MLATokenToKVPool,
+        req_to_token_pool: ReqToTokenPool,
+        attn_backend: AttentionBackend,
+    ) -> None:
+        self.model = model
+        self.token_to_kv_pool = token_to_kv_pool
+        self.req_to_token_pool = req_to_token_pool
+        self.attn_backend = attn_backend
+
+    def extend(
+        self, batch: ExtendBatch, input_ids: torch.Tensor, hidden_states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One eager prefill pass over input_ids [T], int64. Returns hidden states [T, hidden]."""
+        forward_batch = ForwardBatch(
+            forward_mode=ForwardMode.EXTEND,
+            batch_size=len(batch.seq_lens_cpu),
+            input_ids=input_ids,
+            positions=batch.positions,
+            out_cache_loc=batch.out_cache_loc,
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=batch.seq_lens,
+            seq_lens_cpu=batch.seq_lens_cpu,
+            extend_seq_lens_cpu=batch.extend_seq_lens_cpu,
+            hidden_states=hidden_states,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool=self.token_to_kv_pool,
+            attn_backend=self.attn_backend,
+        )
+        self.attn_backend.init_forward_metadata(forward_batch)
+        return self.model.forward(forward_batch)
+
+    def rows_batch(
+        self,
+        mode: ForwardMode,
+        req_pool_indices: torch.Tensor,  # [bs], int32
+        seq_lens: torch.Tensor,  # [bs], int32
+        input_ids: torch.Tensor,  # [bs, rows], int64
+        positions: torch.Tensor,  # [bs, rows], int64
+        *,
+        attn_backend: AttentionBackend | None = None,
+        hidden_states: torch.Tensor | None = None,  # [bs * rows, hidden]
+        accept_lens: torch.Tensor | None = None,  # [bs], int32: rows from there on do not count
+    ) -> ForwardBatch:
+        """A batch with a fixed number of rows a request, as decode, verify and draft-extend have."""
+        table = self.req_to_token_pool.req_to_token
+        out_cache_loc = table[req_pool_indices.long()[:, None], positions].long()  # [bs, rows]
+        if accept_lens is not None:
+            rows = torch.arange(positions.shape[1], device=positions.device)
+            out_cache_loc = out_cache_loc * (rows < accept_lens[:, None])  # slot 0 takes the others' keys
+        return ForwardBatch(
+            forward_mode=mode,
+            batch_size=req_pool_indices.shape[0],
+            input_ids=input_ids.reshape(-1),
+            positions=positions.reshape(-1),
+            out_cache_loc=out_cache_loc.reshape(-1),
+            req_pool_indices=req_pool_indices,
+            seq_lens=seq_lens,
+            accept_lens=accept_lens,
+            hidden_states=hidden_states,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool=self.token_to_kv_pool,
+            attn_backend=attn_backend or self.attn_backend,
+        )
