@@ -267,5 +267,11 @@ class PortArgs:
     def init_new(cls) -> PortArgs:
         """Fresh addresses in a directory of their own, which is removed when this process ends."""
         directory = Path(tempfile.mkdtemp(prefix="sglang-"))
-        atexit.register(shutil.rmtree, directory, ignore_errors=True)
-        return cls(f"ipc://{directory}/scheduler", f"ipc://{directory}/tokenizer")
+        ports = cls(f"ipc://{directory}/scheduler", f"ipc://{directory}/tokenizer")
+        atexit.register(ports.remove)
+        return ports
+
+    def remove(self) -> None:
+        """Removes the directory of the sockets."""
+        directory = Path(self.tokenizer_ipc_name.removeprefix("ipc://")).parent
+        shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,18 @@
+"""`python -m sglang.launch_server --model-path DIR`: a server in two processes."""
+
+from __future__ import annotations
+
+import sys
+
+from sglang.srt.server_args import ServerArgs
+
+
+def main() -> int:
+    args = ServerArgs.from_cli()
+    from sglang.srt.entrypoints.http_server import launch_server  # slow to import: after the arguments
+
+    return launch_server(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""POST /generate: SGLang's native form, in its shapes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from sglang.srt.entrypoints.openai_protocol import GenerateReqInput, GenerateSamplingParams
+from sglang.srt.entrypoints.serving import Choice, EventStream, LogprobOptions, answer, check_prompt, collect
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.io_struct import MAX_TOP_LOGPROBS, TokenizedGenerateReqInput, TokenLogprob
+from sglang.srt.managers.tokenizer_manager import Generation, TokenizerManager
+
+T = TypeVar("T")
+
+
+async def serve_generate(manager: TokenizerManager, body: GenerateReqInput, request: Request) -> Response:
+    requests = await _requests(manager, body)
+    choices = [Choice(r) for r in requests]
+    generation = manager.generate(requests)
+    single = len(choices) == 1 and not body.is_batch
+
+    def describe(choice: Choice) -> dict[str, Any]:
+        return _describe(manager, choice, generation, body.return_text_in_logprobs)
+
+    async def chunks() -> AsyncIterator[dict[str, Any]]:
+        async for event in generation:
+            choices[event.index].add(event)
+            described = describe(choices[event.index])
+            yield described if single else described | {"index": event.index}
+
+    async def whole() -> Any:
+        await collect(generation, choices)
+        return describe(choices[0]) if single else [describe(c) for c in choices]
+
+    if body.stream:
+        return EventStream(generation, chunks())
+    return await answer(request, generation, whole)
+
+
+async def _requests(manager: TokenizerManager, body: GenerateReqInput) -> list[TokenizedGenerateReqInput]:
+    """One for each prompt and choice. Raises RequestError (400)."""
+    prompts = body.prompts
+    if not prompts:
+        raise RequestError.bad("text or input_ids must hold at least one prompt", "text")
+    count = len(prompts)
+    params = _per_prompt(body.sampling_params or GenerateSamplingParams(), count, "sampling_params")
+    rids = _per_prompt(body.rid, count, "rid")
+    if isinstance(body.rid, str) and count > 1:
+        rids = [f"{body.rid}_{i}" for i in range(count)]
+    flags = _per_prompt(body.return_logprob, count, "return_logprob")
+    starts = _per_prompt(
+        -1 if body.logprob_start_len is None else body.logprob_start_len, count, "logprob_start_len"
+    )
+    tops = _per_prompt(body.top_logprobs_num or 0, count, "top_logprobs_num")
+    requests = []
+    names = {"input_ids": "text" if body.text is not None else "input_ids"}
+    for prompt, given, rid, flag, start, top in zip(prompts, params, rids, flags, starts, tops):
+        options = _logprob_options(flag, start, top)
+        for choice in range(given.n or 1):
+            ids, checked = await check_prompt(
+                manager,
+                prompt,
+                given.sampling_params(given.max_new_tokens, choice),
+                given.max_new_tokens is not None,
+                names,
+            )
+            if options.logprob_start_len >= len(ids):
+                message = f"logprob_start_len {start} is not in [-1, {len(ids)}), the prompt's length"
+                raise RequestError.bad(message, "logprob_start_len")
+            requests.append(
+                TokenizedGenerateReqInput(
+                    rid=manager.new_rid() if rid is None else rid + (f"_n{choice}" if choice else ""),
+                    input_ids=ids,
+                    sampling_params=checked,
+                    stream=body.stream,
+                    return_logprob=options.return_logprob,
+                    logprob_start_len=options.logprob_start_len,
+                    top_logprobs_num=options.top_logprobs_num,
+                )
+            )
+    return requests
+
+
+def _per_prompt(value: T | list[T], count: int, name: str) -> list[T]:
+    """One value for each prompt."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError.bad(f"{name} has {len(value)} values for {count} prompts", name)
+    return value
+
+
+def _logprob_options(flag: bool, start: int, top: int) -> LogprobOptions:
+    if start < -1:
+        raise RequestError.bad(f"logprob_start_len must be at least -1, got {start}", "logprob_start_len")
+    if not 0 <= top <= MAX_TOP_LOGPROBS:
+        message = f"top_logprobs_num must be in [0, {MAX_TOP_LOGPROBS}], got {top}"
+        raise RequestError.bad(message, "top_logprobs_num")
+    return LogprobOptions(flag, start if flag else -1, top if flag else 0)
+
+
+def _describe(
+    manager: TokenizerManager, choice: Choice, generation: Generation, with_text: bool
+) -> dict[str, Any]:
+    meta: dict[str, Any] = {
+        "id": choice.request.rid,
+        "finish_reason": choice.finish_reason,
+        "prompt_tokens": len(choice.request.input_ids),
+        "completion_tokens": choice.completion_tokens,
+        "cached_tokens": choice.cached_tokens,
+        "e2e_latency": time.perf_counter() - generation.created,
+        "spec_verify_ct": choice.spec_verify_ct,
+    }
+    if choice.spec_verify_ct:
+        meta["spec_accept_length"] = choice.completion_tokens / choice.spec_verify_ct
+    if choice.request.return_logprob:
+        text = manager.tokenizer.decode if with_text else None
+        for side, entries in (("input", choice.input_logprobs), ("output", choice.output_logprobs)):
+            meta[f"{side}_token_logprobs"] = [_triple(e.logprob, e.token_id, text) for e in entries]
+            if choice.request.top_logprobs_num:
+                meta[f"{side}_top_logprobs"] = [_top(e, text) for e in entries]
+    return {"text": choice.text, "output_ids": choice.output_ids, "meta_info": meta}
+
+
+def _triple(logprob: float | None, token_id: int, text: Any) -> tuple[float | None, int, str | None]:
+    return logprob, token_id, text([token_id]) if text else None
+
+
+def _top(entry: TokenLogprob, text: Any) -> list[tuple[float | None, int, str | None]] | None:
+    return [_triple(logprob, token_id, text) for token_id, logprob in entry.top] if entry.top else None

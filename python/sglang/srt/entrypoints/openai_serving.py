@@ -1,0 +1,249 @@
+"""POST /v1/completions and /v1/chat/completions, in OpenAI's shapes."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Generic, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+from jinja2 import TemplateError
+
+from sglang.srt.entrypoints.openai_protocol import ChatCompletionRequest, CompletionRequest, OpenAIRequest
+from sglang.srt.entrypoints.serving import Choice, EventStream, LogprobOptions, answer, check_prompt, collect
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, TokenLogprob
+from sglang.srt.managers.tokenizer_manager import Event, Generation, TokenizerManager
+
+R = TypeVar("R", bound=OpenAIRequest)
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
+
+
+class OpenAIServing(ABC, Generic[R]):
+    """One request of one endpoint. The subclasses say how a prompt is made and how a choice looks."""
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+    names: dict[str, str]  # SamplingParams' names -> the client's
+
+    def __init__(self, manager: TokenizerManager, model_name: str, body: R) -> None:
+        if body.model not in (None, model_name):
+            message = f"model {body.model!r} does not exist; this server has {model_name!r}"
+            raise RequestError(404, message, "model", "model_not_found")
+        self.manager, self.body, self.model_name = manager, body, model_name
+        self.id = f"{self.id_prefix}-{manager.new_rid()}"
+        self.created = int(time.time())
+        self.choices: list[Choice] = []
+        self.prompts: list[list[int]] = []
+
+    async def serve(self, request: Request) -> Response:
+        for ids, params, options in await self.requests():
+            self.choices.append(Choice(self._sequence(ids, params, options)))
+        generation = self.manager.generate([c.request for c in self.choices])
+        if self.body.stream:
+            return EventStream(generation, self._chunks(generation))
+
+        async def whole() -> dict[str, Any]:
+            await collect(generation, self.choices)
+            return self._envelope(
+                self.object, [self.whole_choice(i, c) for i, c in enumerate(self.choices)]
+            ) | {"usage": self._usage()}
+
+        return await answer(request, generation, whole)
+
+    def _sequence(self, ids: list[int], params: Any, options: LogprobOptions) -> TokenizedGenerateReqInput:
+        return TokenizedGenerateReqInput(
+            rid=self.manager.new_rid(),
+            input_ids=ids,
+            sampling_params=params,
+            stream=bool(self.body.stream),
+            return_logprob=options.return_logprob,
+            top_logprobs_num=options.top_logprobs_num,
+        )
+
+    async def requests(self) -> list[tuple[list[int], Any, LogprobOptions]]:
+        """Tokens, parameters and logprobs of each sequence: n for each prompt, in order."""
+        sequences = []
+        limit = self.max_tokens()
+        for prompt in self.prompt_inputs():
+            ids: str | list[int] = prompt
+            for choice in range(self.body.n or 1):
+                # Without a limit the room that is left is the limit.
+                fallback = self.default_max_tokens or self.manager.context_length
+                params = self.body.sampling_params(fallback if limit is None else limit, choice)
+                ids, checked = await check_prompt(
+                    self.manager, ids, params, limit is not None, self.names, self.add_special_tokens
+                )
+                sequences.append((ids, checked, self.logprob_options()))
+            self.prompts.append(ids)
+        return sequences
+
+    async def _chunks(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
+        for chunk in self.first_chunks():
+            yield self._chunk([chunk])
+        async for event in generation:
+            self.choices[event.index].add(event)
+            delta = self.chunk_choice(event)
+            if delta is not None:
+                yield self._chunk([delta])
+        if self.body.include_usage:
+            yield self._chunk([]) | {"usage": self._usage()}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = self._envelope(self.chunk_object, choices)
+        return chunk | {"usage": None} if self.body.include_usage else chunk
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model_name}
+        return head | {"choices": choices}
+
+    def _usage(self) -> dict[str, Any]:
+        prompt = sum(len(ids) for ids in self.prompts)
+        completion = sum(c.completion_tokens for c in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in self.choices)},
+        }
+
+    default_max_tokens: int | None = None  # None: as many as there is room for
+    add_special_tokens = True
+
+    def max_tokens(self) -> int | None:
+        return self.body.max_tokens
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        return []
+
+    @abstractmethod
+    def prompt_inputs(self) -> Sequence[str | list[int]]: ...
+
+    @abstractmethod
+    def logprob_options(self) -> LogprobOptions: ...
+
+    @abstractmethod
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def chunk_choice(self, event: Event) -> dict[str, Any] | None:
+        """What to send of an event; None: nothing yet."""
+
+
+class CompletionServing(OpenAIServing[CompletionRequest]):
+    id_prefix = "cmpl"
+    object = chunk_object = "text_completion"
+    names = {"input_ids": "prompt", "max_new_tokens": "max_tokens"}  # noqa: RUF012
+    default_max_tokens = DEFAULT_COMPLETION_TOKENS
+
+    def prompt_inputs(self) -> Sequence[str | list[int]]:
+        prompt = self.body.prompt
+        if not prompt:
+            raise RequestError.bad("prompt must not be empty", "prompt")
+        several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+        return prompt if several else [prompt]
+
+    def logprob_options(self) -> LogprobOptions:
+        return LogprobOptions(self.body.logprobs is not None, -1, self.body.logprobs or 0)
+
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        logprobs = self._logprobs(choice.output_logprobs, 0)
+        return _choice(index, {"text": choice.text}, logprobs, choice.finish_reason)
+
+    def chunk_choice(self, event: Event) -> dict[str, Any] | None:
+        output, choice = event.output, self.choices[event.index]
+        new = output.output_logprobs or []
+        if not (event.text or new or output.finish_reason):
+            return None
+        before = choice.output_logprobs[: len(choice.output_logprobs) - len(new)]
+        offset = sum(len(self._token(e.token_id)) for e in before) if new else 0
+        logprobs = self._logprobs(new, offset)
+        return _choice(event.index, {"text": event.text}, logprobs, output.finish_reason)
+
+    def _logprobs(self, entries: list[TokenLogprob], offset: int) -> dict[str, Any] | None:
+        if self.body.logprobs is None:
+            return None
+        result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for entry in entries:
+            token = self._token(entry.token_id)
+            result["tokens"].append(token)
+            result["token_logprobs"].append(entry.logprob)
+            result["top_logprobs"].append({self._token(t): p for t, p in entry.top})
+            result["text_offset"].append(offset)
+            offset += len(token)
+        return result
+
+    def _token(self, token_id: int) -> str:
+        return self.manager.tokenizer.decode([token_id])
+
+
+class ChatServing(OpenAIServing[ChatCompletionRequest]):
+    id_prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    names = {"input_ids": "messages", "max_new_tokens": "max_tokens"}  # noqa: RUF012
+    add_special_tokens = False  # the template writes them
+
+    def max_tokens(self) -> int | None:
+        limit = self.body.max_completion_tokens
+        return self.body.max_tokens if limit is None else limit
+
+    def prompt_inputs(self) -> Sequence[str | list[int]]:
+        tokenizer = self.manager.tokenizer
+        if tokenizer.chat_template is None:
+            raise RequestError.bad(
+                "the model's tokenizer has no chat template: use /v1/completions", "messages"
+            )
+        messages = [m.as_template_input() for m in self.body.messages]
+        try:
+            return [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)]
+        except TemplateError as error:
+            raise RequestError.bad(f"messages do not fit the chat template: {error}", "messages") from error
+
+    def logprob_options(self) -> LogprobOptions:
+        return LogprobOptions(bool(self.body.logprobs), -1, self.body.top_logprobs or 0)
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        delta = {"role": "assistant", "content": ""}
+        return [_choice(i, {"delta": delta}, None, None) for i in range(len(self.choices))]
+
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        logprobs = self._logprobs(choice.output_logprobs)
+        return _choice(index, {"message": message}, logprobs, choice.finish_reason)
+
+    def chunk_choice(self, event: Event) -> dict[str, Any] | None:
+        new, reason = event.output.output_logprobs or [], event.output.finish_reason
+        if not (event.text or new or reason):
+            return None
+        delta = {"content": event.text} if event.text else {}
+        return _choice(event.index, {"delta": delta}, self._logprobs(new), reason)
+
+    def _logprobs(self, entries: list[TokenLogprob]) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
+        return {
+            "content": [
+                self._entry(e.token_id, e.logprob) | {"top_logprobs": [self._entry(t, p) for t, p in e.top]}
+                for e in entries
+            ],
+            "refusal": None,
+        }
+
+    def _entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        token = self.manager.tokenizer.decode([token_id])
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+def _choice(
+    index: int, content: dict[str, Any], logprobs: dict[str, Any] | None, reason: dict[str, Any] | None
+) -> dict[str, Any]:
+    finish = {
+        "finish_reason": reason["type"] if reason else None,
+        "matched_stop": reason.get("matched") if reason else None,
+    }
+    return {"index": index, **content, "logprobs": logprobs, **finish}

@@ -1,0 +1,83 @@
+"""The second process: how it is started, watched and ended, so that neither side outlives the other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+
+from sglang.srt.environ import envs
+from sglang.srt.logging_config import configure_logging
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT = 10.0  # seconds before a process that was asked to end is killed
+
+
+class SchedulerProcess:
+    """The scheduler, in a process spawned from this one."""
+
+    def __init__(self, server_args: ServerArgs, port_args: PortArgs) -> None:
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_scheduler_main, args=(server_args, port_args), name="sglang-scheduler"
+        )
+
+    def start(self) -> None:
+        # Ctrl-C reaches every process of the terminal; this one is ended by its parent, in order. An
+        # ignored signal stays ignored in the child from its first instruction on.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self._process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    async def wait(self) -> int | None:
+        """Until the process ends. Returns its exit code, or minus the signal that killed it."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._process.sentinel, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._process.sentinel)
+        self._process.join()
+        return self._process.exitcode
+
+    def stop(self) -> None:
+        """Ends the process, gently first."""
+        if self._process.pid is None:
+            return
+        self._process.terminate()
+        self._process.join(STOP_TIMEOUT)
+        if self._process.is_alive():
+            logger.warning("the scheduler (pid %d) did not end in %.0f s: killing it", self.pid, STOP_TIMEOUT)
+            self._process.kill()
+            self._process.join()
+
+
+def _scheduler_main(server_args: ServerArgs, port_args: PortArgs) -> None:
+    configure_logging(server_args.log_level, "scheduler")
+    threading.Thread(target=_end_with_parent, args=(port_args,), name="parent-watch", daemon=True).start()
+    envs.validate()
+    from sglang.srt.managers.scheduler import run_scheduler_process  # imports torch: seconds
+
+    run_scheduler_process(server_args, port_args)
+
+
+def _end_with_parent(port_args: PortArgs) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a spawned process"
+    parent.join()
+    logger.error("the HTTP process (pid %d) is gone: ending", parent.pid)
+    port_args.remove()
+    os._exit(1)

@@ -1,0 +1,97 @@
+"""Token ids to text, a few at a time: the pieces joined are the text of the whole."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+REPLACEMENT = "\ufffd"  # what a decoder puts for bytes that are not, or not yet, UTF-8
+
+
+class Tokenizer(Protocol):
+    def decode(self, token_ids: list[int], **options: Any) -> str: ...
+
+
+class IncrementalDetokenizer:
+    """Decodes a growing list of tokens and never gives out half of a character.
+
+    Only a window is decoded again at each call: the tokens since the last one that ended a character, and
+    those of the call before it as context, because a decoder may treat the start of a text differently.
+    A truncated character decodes to one replacement character at the end, so just that one is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._options = {
+            "skip_special_tokens": skip_special_tokens,
+            "clean_up_tokenization_spaces": False,
+        }
+        self._window: list[int] = []
+        self._context = 0  # tokens at the start of the window whose text was given out
+        self._given = 0  # characters of the rest of the window that were given out
+
+    def feed(self, ids: list[int]) -> str:
+        """The text that these tokens complete."""
+        self._window += ids
+        text = self._fresh_text()
+        if text.endswith(REPLACEMENT):
+            new, self._given = text[self._given : -1], max(len(text) - 1, self._given)
+            return new
+        new = text[self._given :]
+        del self._window[: self._context]
+        self._context, self._given = len(self._window), 0
+        return new
+
+    def flush(self) -> str:
+        """What is held back, as it stands."""
+        return self._fresh_text()[self._given :]
+
+    def _fresh_text(self) -> str:
+        known = self._decode(self._window[: self._context])
+        return self._decode(self._window)[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, **self._options) if ids else ""
+
+
+class OutputText:
+    """The text of one sequence: without the stop that ended it, unless `no_stop_trim`.
+
+    Text that may still become a stop string is held back, so that what a stream has given out is always a
+    prefix of the final text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens)
+        self._trim = not params.no_stop_trim
+        self._stops = params.stop if self._trim else ()
+        self._held = ""
+
+    def feed(self, ids: list[int], finish_reason: dict[str, Any] | None) -> str:
+        """The text to give out now; `finish_reason` is set with the last tokens."""
+        matched = finish_reason.get("matched") if finish_reason else None
+        if self._trim and isinstance(matched, int) and ids and ids[-1] == matched:
+            ids = ids[:-1]
+        self._held += self._detokenizer.feed(ids)
+        if finish_reason is not None:
+            self._held += self._detokenizer.flush()
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if finish_reason is not None:
+            return self._held[: min(found, default=None)]
+        cut = min(found, default=len(self._held) - self._may_become_stop())
+        given, self._held = self._held[:cut], self._held[cut:]
+        return given
+
+    def _may_become_stop(self) -> int:
+        """Length of the longest end of the held text that starts a stop string."""
+        held = self._held
+        return max(
+            (
+                length
+                for stop in self._stops
+                for length in range(1, min(len(stop) - 1, len(held)) + 1)
+                if held.endswith(stop[:length])
+            ),
+            default=0,
+        )

@@ -1,0 +1,338 @@
+"""The HTTP process's side of the engine: checks and tokenizes requests, hands them to the scheduler, and
+turns its tokens back into text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+from transformers import PreTrainedTokenizerBase
+
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.detokenizer import OutputText
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchOutput,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
+    FromScheduler,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    ReqOutput,
+    SchedulerFailed,
+    SchedulerReady,
+    TokenizedGenerateReqInput,
+    ToScheduler,
+)
+from sglang.srt.metrics import ServerMetrics
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import PortArgs
+
+logger = logging.getLogger(__name__)
+
+LONG_TEXT = 1 << 14  # characters; longer texts are tokenized off the event loop
+CONTROL_TIMEOUT = 60.0  # seconds; the scheduler answers between two steps
+
+
+@dataclass
+class Event:
+    """What is new of one sequence of a generation."""
+
+    index: int  # which of the generation's requests
+    text: str
+    output: ReqOutput
+
+
+@dataclass
+class SequenceState:
+    """One sequence that the scheduler works on."""
+
+    index: int
+    request: TokenizedGenerateReqInput
+    text: OutputText
+    events: asyncio.Queue[tuple[SequenceState, ReqOutput] | RequestError]
+    created: float = field(default_factory=time.perf_counter)
+    last_output: float = 0.0
+    completion_tokens: int = 0
+
+
+class Generation:
+    """The sequences of one HTTP request, running together. Iterate over it once; always close it.
+
+    Closing what is not finished aborts it in the scheduler at once; closing needs no event loop, so it
+    also works while a task is being cancelled.
+    """
+
+    def __init__(self, manager: TokenizerManager, states: Sequence[SequenceState]) -> None:
+        self._manager = manager
+        self._states = {state.request.rid: state for state in states}
+        self._events = states[0].events
+        self.created = states[0].created
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Raises RequestError where a sequence cannot be completed."""
+        while self._states:
+            event = await self._events.get()
+            if isinstance(event, RequestError):
+                raise event
+            state, output = event
+            if output.finish_reason is not None:
+                del self._states[output.rid]
+            yield Event(state.index, state.text.feed(output.output_ids, output.finish_reason), output)
+
+    def close(self, outcome: str = "disconnect") -> None:
+        for rid in self._states:
+            self._manager.drop(rid, outcome)
+        self._states.clear()
+
+
+class TokenizerManager:
+    """Owns the tokenizer, both sockets and the table of running sequences. All in one event loop."""
+
+    def __init__(
+        self,
+        port_args: PortArgs,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        metrics: ServerMetrics,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.metrics = metrics
+        self.started = time.time()
+        self.limits: SchedulerReady | None = None  # known when the scheduler is ready
+        self.failure: RequestError | None = None  # set when nothing can be served any more
+        self._running: dict[str, SequenceState] = {}
+        self._answers: dict[str, asyncio.Future[Any]] = {}
+        self._ready: asyncio.Future[SchedulerReady] = asyncio.get_running_loop().create_future()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(FromScheduler).decode
+        # Queues are unbounded: a send must neither block the loop nor lose a message.
+        context = zmq.asyncio.Context.instance()
+        self._from_scheduler = context.socket(zmq.PULL)
+        self._from_scheduler.setsockopt(zmq.RCVHWM, 0)
+        self._from_scheduler.bind(port_args.tokenizer_ipc_name)
+        self._to_scheduler = zmq.Context.instance().socket(zmq.PUSH)
+        self._to_scheduler.setsockopt(zmq.SNDHWM, 0)
+        self._to_scheduler.setsockopt(zmq.LINGER, 0)
+        self._to_scheduler.bind(port_args.scheduler_input_ipc_name)
+
+    # -- requests ---------------------------------------------------------------------------------------
+
+    async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        def encode() -> list[int]:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        if len(text) < LONG_TEXT:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, encode)
+
+    def check(
+        self, input_ids: list[int], params: SamplingParams, has_limit: bool, names: dict[str, str]
+    ) -> SamplingParams:
+        """The parameters to generate with. Raises RequestError (400) that names what is out of range.
+
+        Without a limit of its own (`has_limit` false) a request gets at most the room that is left.
+        `names` translates parameters to what the client calls them: its keys are SamplingParams' fields
+        and `input_ids`.
+        """
+        prompt, limit_name = (
+            names.get("input_ids", "input_ids"),
+            names.get("max_new_tokens", "max_new_tokens"),
+        )
+        if not input_ids:
+            raise RequestError.bad(f"{prompt} must hold at least one token", prompt)
+        wrong = next((t for t in input_ids if not 0 <= t < self.vocab_size), None)
+        if wrong is not None:
+            raise RequestError.bad(
+                f"{prompt} holds token {wrong}, which is not in [0, {self.vocab_size})", prompt
+            )
+        try:
+            params.validate(self.vocab_size)
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            name = names.get(name, name)
+            raise RequestError.bad(f"{name} {rest}", name) from error
+        assert self.limits is not None, "the server listens after the scheduler is ready"
+        length, longest = len(input_ids), self.limits.max_req_input_len
+        if length > longest:
+            raise RequestError.bad(
+                f"{prompt} has {length} tokens, more than the longest prompt of {longest}", prompt
+            )
+        room = self.limits.context_length - length
+        if has_limit and params.max_new_tokens > room:
+            raise RequestError.bad(
+                f"{limit_name} is {params.max_new_tokens}, but {prompt} has {length} tokens, which leaves "
+                f"room for {room} in a context of {self.limits.context_length}",
+                limit_name,
+            )
+        if room < 1:
+            raise RequestError.bad(f"{prompt} has {length} tokens, which leaves no room to generate", prompt)
+        return msgspec.structs.replace(params, max_new_tokens=min(params.max_new_tokens, room))
+
+    def generate(self, requests: Sequence[TokenizedGenerateReqInput]) -> Generation:
+        """Hands checked requests to the scheduler. Raises RequestError (400, 503)."""
+        if self.failure is not None:
+            raise self.failure
+        taken = [r.rid for r in requests if r.rid in self._running]
+        if taken or len({r.rid for r in requests}) < len(requests):
+            raise RequestError.bad(f"rid is in use: {', '.join(taken) or requests[0].rid}", "rid")
+        events: asyncio.Queue[Any] = asyncio.Queue()
+        states = [
+            SequenceState(index, request, OutputText(self.tokenizer, request.sampling_params), events)
+            for index, request in enumerate(requests)
+        ]
+        for state in states:
+            self._send(state.request)
+            self._running[state.request.rid] = state
+            self.metrics.prompt_tokens.inc(len(state.request.input_ids))
+        return Generation(self, states)
+
+    def drop(self, rid: str, outcome: str) -> None:
+        """Nobody waits for this sequence any more."""
+        if self._running.pop(rid, None) is not None:
+            self.metrics.count_request(outcome)
+            with contextlib.suppress(RequestError):  # a scheduler that is gone has nothing to abort
+                self._send(AbortReq(rid))
+
+    def abort(self, rid: str | None) -> int:
+        """Ends one sequence, or with None all of them, as it stands. Returns how many."""
+        rids = list(self._running) if rid is None else [r for r in (rid,) if r in self._running]
+        for one in rids:
+            state = self._running[one]
+            self.drop(one, "abort")
+            state.events.put_nowait((state, _aborted(state)))
+        return len(rids)
+
+    @staticmethod
+    def new_rid() -> str:
+        return uuid.uuid4().hex
+
+    @property
+    def context_length(self) -> int:
+        assert self.limits is not None, "the server listens after the scheduler is ready"
+        return self.limits.context_length
+
+    # -- control ----------------------------------------------------------------------------------------
+
+    async def flush_cache(self) -> FlushCacheReqOutput:
+        request_id = self.new_rid()
+        return await self._ask(request_id, FlushCacheReqInput(request_id))
+
+    async def internal_state(self) -> dict[str, Any]:
+        request_id = self.new_rid()
+        answer: GetInternalStateReqOutput = await self._ask(request_id, GetInternalStateReq(request_id))
+        return answer.internal_state
+
+    async def _ask(self, request_id: str, message: ToScheduler) -> Any:
+        if self.failure is not None:
+            raise self.failure
+        self._answers[request_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(message)
+            return await asyncio.wait_for(self._answers[request_id], CONTROL_TIMEOUT)
+        except asyncio.TimeoutError:
+            raise RequestError(503, f"the scheduler did not answer within {CONTROL_TIMEOUT:.0f} s") from None
+        finally:
+            del self._answers[request_id]
+
+    # -- the scheduler ----------------------------------------------------------------------------------
+
+    async def wait_ready(self) -> SchedulerReady:
+        """Raises RequestError with the scheduler's reason if it failed to start."""
+        self.limits = await asyncio.shield(self._ready)
+        return self.limits
+
+    def fail(self, message: str) -> None:
+        """Nothing can be served any more: everybody who waits is told, and so is who comes later."""
+        self.failure = self.failure or RequestError(503, message)
+        for state in self._running.values():
+            state.events.put_nowait(self.failure)
+        for answer in [*self._answers.values(), self._ready]:
+            if not answer.done():
+                answer.set_exception(self.failure)
+
+    async def receive_loop(self) -> None:
+        """Runs for the life of the process."""
+        while True:
+            message = self._decode(await self._from_scheduler.recv())
+            match message:
+                case BatchOutput(outputs=outputs):
+                    for output in outputs:
+                        self._on_output(output)
+                case FlushCacheReqOutput() | GetInternalStateReqOutput():
+                    answer = self._answers.get(message.request_id)
+                    if answer is not None and not answer.done():
+                        answer.set_result(message)
+                case SchedulerReady():
+                    self._ready.set_result(message)
+                case SchedulerFailed(message=reason):
+                    self.fail(f"the scheduler failed: {reason}")
+
+    def _on_output(self, output: ReqOutput) -> None:
+        state = self._running.get(output.rid)
+        if state is None:
+            return  # its client is gone, and the abort is on its way
+        if output.output_ids:
+            self._observe_tokens(state, output)
+        reason = output.finish_reason
+        if reason is not None:
+            del self._running[output.rid]
+            self._observe_finish(state, reason)
+            if reason["type"] == "abort":
+                state.events.put_nowait(RequestError(500, reason.get("message") or "the request was aborted"))
+                return
+        state.events.put_nowait((state, output))
+
+    def _observe_tokens(self, state: SequenceState, output: ReqOutput) -> None:
+        now, new = time.perf_counter(), len(output.output_ids)
+        self.metrics.generation_tokens.inc(new)
+        self.metrics.rate.add(new)
+        if state.request.stream:
+            if state.last_output:
+                for _ in range(new):
+                    self.metrics.inter_token_latency.observe((now - state.last_output) / new)
+            else:
+                self.metrics.time_to_first_token.observe(now - state.created)
+        if not state.last_output:
+            self.metrics.cached_tokens.inc(output.cached_tokens)
+        state.last_output = now
+        state.completion_tokens += new
+
+    def _observe_finish(self, state: SequenceState, reason: dict[str, Any]) -> None:
+        self.metrics.count_request(reason["type"])
+        self.metrics.e2e_request_latency.observe(time.perf_counter() - state.created)
+
+    def _send(self, message: ToScheduler) -> None:
+        try:
+            self._to_scheduler.send(self._encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            raise RequestError(503, "the scheduler is not connected") from None
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._from_scheduler.close(linger=0)
+        self._to_scheduler.close(linger=0)
+
+
+def _aborted(state: SequenceState) -> ReqOutput:
+    return ReqOutput(
+        rid=state.request.rid,
+        output_ids=[],
+        finish_reason={"type": "abort", "message": "aborted on request"},
+        prompt_tokens=len(state.request.input_ids),
+        completion_tokens=state.completion_tokens,
+        cached_tokens=0,
+        spec_verify_ct=0,
+    )
