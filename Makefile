@@ -1,0 +1,61 @@
+# make serve   set up what is missing, then serve models/tiny-nsa on http://127.0.0.1:30000
+# make test    set up what is missing, then run the whole test suite
+# make setup   only set up: .venv with the pinned dependencies, and the kernel library
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  ?= models/tiny-nsa
+HOST   ?= 127.0.0.1
+PORT   ?= 30000
+STEPS  ?= 4
+ARGS   ?=
+
+KERNEL_SOURCES := $(shell find sgl-kernel -path 'sgl-kernel/build*' -prune -o -type f \
+	\( -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name CMakeLists.txt -o -name '*.py' -o -name pyproject.toml \) -print)
+
+.PHONY: serve test setup lint format cuda clean
+.DEFAULT_GOAL := help
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "== creating $(VENV) and installing the pinned dependencies (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[bench,dev]"
+	touch $@
+
+$(VENV)/.kernels: $(VENV)/.installed $(KERNEL_SOURCES)
+	@echo "== building sgl-kernel (for CUDA too where the installed torch has it)"
+	$(BIN)/python -m pip install --progress-bar on --no-deps --no-build-isolation ./sgl-kernel
+	touch $@
+
+setup: $(VENV)/.installed $(VENV)/.kernels
+
+serve: setup
+	SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA=1 exec $(BIN)/python -m sglang.launch_server \
+		--model-path $(MODEL) --served-model-name $(notdir $(MODEL)) --host $(HOST) --port $(PORT) \
+		--speculative-algorithm NEXTN --speculative-num-steps $(STEPS) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'sgl-kernel/*.cu' 'sgl-kernel/*.cuh' 'sgl-kernel/*.cc' 'sgl-kernel/*.cpp' 'sgl-kernel/*.h' \
+		| xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'sgl-kernel/*.cu' 'sgl-kernel/*.cuh' 'sgl-kernel/*.cc' 'sgl-kernel/*.cpp' 'sgl-kernel/*.h' \
+		| xargs -r $(BIN)/clang-format -i
+
+# Compiles and links the CUDA library; needs nvcc, no GPU and no CUDA build of torch.
+cuda: $(VENV)/.installed
+	cmake -S sgl-kernel -B sgl-kernel/build-cuda -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSGL_KERNEL_CUDA=ON
+	cmake --build sgl-kernel/build-cuda --parallel
+
+clean:
+	rm -rf $(VENV) sgl-kernel/build sgl-kernel/build-cuda
