@@ -17,7 +17,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag=True, kw_only=True):
     sampling_params: SamplingParams
     stream: bool = False
     return_logprob: bool = False
-    logprob_start_len: int = -1  # -1: no prompt logprobs; i: prompt tokens from position max(i, 1) on
+    logprob_start_len: int = -1  # -1: no prompt logprobs; i: of the prompt tokens from position i on
     top_logprobs_num: int = 0  # at most MAX_TOP_LOGPROBS
 
 

@@ -63,7 +63,7 @@ class Req:
 
     def next_output(self) -> ReqOutput:
         """What no ReqOutput has carried yet."""
-        first = self.num_sent == 0
+        prompt = self.num_sent == 0 and self.logprob_start_len >= 0
         start, self.num_sent = self.num_sent, len(self.output_ids)
         return ReqOutput(
             rid=self.rid,
@@ -74,7 +74,7 @@ class Req:
             cached_tokens=self.cached_tokens,
             spec_verify_ct=self.spec_verify_ct,
             output_logprobs=self.output_logprobs[start:] if self.return_logprob else None,
-            input_logprobs=self.input_logprobs if first and self.logprob_start_len >= 0 else None,
+            input_logprobs=self.input_logprobs[self.logprob_start_len :] if prompt else None,
         )
 
 

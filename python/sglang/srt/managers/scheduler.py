@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import ctypes
 import logging
-import multiprocessing
-import os
 import random
-import signal
 import sys
 import time
 from collections import deque
@@ -346,36 +342,22 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
 
 
 def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:
-    """The scheduler process: loads the model, says that it is ready, and serves until its parent ends it.
+    """Loads the model, says that it is ready, and serves until the parent process ends this one or dies.
 
-    Ends with the parent, however the parent dies. Where it cannot start or a step fails, it says why
-    (`SchedulerFailed`) and exits with status 1.
+    Where it cannot start or a step fails, it says why (`SchedulerFailed`) and exits with status 1.
     """
-    from sglang.srt.managers.tp_worker import create_worker
+    from sglang.srt.managers.tp_worker import create_worker  # imports the models
 
-    parent = multiprocessing.parent_process()
-    link = ZmqLink(port_args, os.getppid() if parent is None else parent.pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    end_with_parent()
-    logging.basicConfig(
-        level=server_args.log_level.upper(), format="[%(asctime)s scheduler] %(levelname)s %(message)s"
-    )
+    link = ZmqLink(port_args)
     try:
         tokenizer = load_tokenizer(server_args.model_path)
         scheduler = Scheduler(server_args, create_worker(server_args), link, tokenizer)
         link.send(scheduler.ready())
         scheduler.run()
     except ParentDied as error:
-        logger.error("the scheduler ends: its parent died (%s)", error)
+        logger.error("the scheduler ends: %s", error)
     except Exception as error:
         logger.exception("the scheduler ends")
         link.send(SchedulerFailed(f"{type(error).__name__}: {error}"))
         link.close()
     sys.exit(1)
-
-
-def end_with_parent() -> None:
-    """Asks Linux to end this process when its parent dies, also in the middle of a step."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

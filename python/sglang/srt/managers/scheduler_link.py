@@ -49,8 +49,8 @@ class ParentDied(Exception):
 class ZmqLink:
     """The scheduler's end of the two sockets that the tokenizer process binds."""
 
-    def __init__(self, port_args: PortArgs, parent_pid: int) -> None:
-        self._parent_pid = parent_pid
+    def __init__(self, port_args: PortArgs) -> None:
+        self._parent_pid = os.getppid()
         self._context = zmq.Context(io_threads=1)
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.connect(port_args.scheduler_input_ipc_name)
@@ -60,10 +60,10 @@ class ZmqLink:
         self._decoder = msgspec.msgpack.Decoder(ToScheduler)
 
     def receive(self, block: bool) -> list[ToScheduler]:
-        """As in the protocol. Raises ParentDied while waiting, if so."""
+        """As in the protocol. Raises ParentDied."""
+        self._check_parent()
         while block and not self._inbox.poll(PARENT_CHECK_MS):
-            if os.getppid() != self._parent_pid:
-                raise ParentDied(f"process {self._parent_pid}")
+            self._check_parent()
         messages: list[ToScheduler] = []
         while self._inbox.poll(0):
             raw = self._inbox.recv()
@@ -79,6 +79,10 @@ class ZmqLink:
     def close(self) -> None:
         """Delivers what was sent, for at most a second."""
         self._context.destroy(linger=1000)
+
+    def _check_parent(self) -> None:
+        if os.getppid() != self._parent_pid:
+            raise ParentDied(f"the parent process {self._parent_pid} died")
 
     def _refuse(self, raw: bytes, error: msgspec.DecodeError) -> None:
         """Aborts the one request that a message of the wrong shape is about. Raises if it is about none."""

@@ -170,15 +170,13 @@ class TokenizerManager:
             raise RequestError.bad(
                 f"{prompt} has {length} tokens, more than the longest prompt of {longest}", prompt
             )
-        room = self.limits.context_length - length
+        room = longest + 1 - length  # the last token that is generated needs no place in the cache
         if has_limit and params.max_new_tokens > room:
             raise RequestError.bad(
                 f"{limit_name} is {params.max_new_tokens}, but {prompt} has {length} tokens, which leaves "
-                f"room for {room} in a context of {self.limits.context_length}",
+                f"room for {room} of {longest + 1}",
                 limit_name,
             )
-        if room < 1:
-            raise RequestError.bad(f"{prompt} has {length} tokens, which leaves no room to generate", prompt)
         return msgspec.structs.replace(params, max_new_tokens=min(params.max_new_tokens, room))
 
     def generate(self, requests: Sequence[TokenizedGenerateReqInput]) -> Generation:
@@ -291,7 +289,8 @@ class TokenizerManager:
             del self._running[output.rid]
             self._observe_finish(state, reason)
             if reason["type"] == "abort":
-                state.events.put_nowait(RequestError(500, reason.get("message") or "the request was aborted"))
+                message = reason.get("message") or "the request was aborted"
+                state.events.put_nowait(RequestError(reason.get("status_code", 500), message))
                 return
         state.events.put_nowait((state, output))
 
