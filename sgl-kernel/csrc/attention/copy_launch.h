@@ -1,0 +1,99 @@
+// From checked regions to parameter blocks: packing, live extents, overlap. Shared by the plan and by SGLang's calls.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "attention/fused_metadata_copy.cuh"
+#include "tensor_view.h"
+
+namespace sgl_kernel {
+
+// What a region may grow to, and which part of it follows the run's two integers.
+struct CopyExtent {
+  int64_t rows = 1;           // a 1-D region is one row
+  int64_t cols = 0;           // elements
+  int64_t rows_extra = 0;
+  int64_t cols_per = 0;       // > 0: only the first ceil(max_len / cols_per) columns
+  int32_t element_size = 4;
+  bool rows_expanded = false;  // only the first expanded_rows + rows_extra rows (1-D: elements)
+  bool one_dimensional = true;
+};
+
+struct RegionArgs {
+  TensorView src;
+  const TensorView* dsts = nullptr;
+  int num_dsts = 0;
+  CopyExtent extent;
+};
+
+inline Footprint footprint(const TensorView& view, const CopyExtent& extent) {
+  return {view.data, extent.rows, extent.cols * extent.element_size, view.row_stride * extent.element_size};
+}
+
+// No source may share a byte with any destination: the order of the copies is not defined.
+inline void check_overlaps(const char* op, const RegionArgs* regions, int num_regions) {
+  for (int r = 0; r < num_regions; ++r) {
+    const Footprint src = footprint(regions[r].src, regions[r].extent);
+    for (int q = 0; q < num_regions; ++q) {
+      for (int d = 0; d < regions[q].num_dsts; ++d) {
+        const TensorView& dst = regions[q].dsts[d];
+        if (overlaps(src, footprint(dst, regions[q].extent))) {
+          reject(op, dst.name, "memory apart from every source", "an overlap with " + regions[r].src.name.str());
+        }
+      }
+    }
+  }
+}
+
+// One launch: the kernel's argument, and what it takes to set its live extents.
+struct CopyLaunch {
+  CopyParams params{};
+  CopyExtent extents[kMaxCopyRegions];
+
+  // Appends the region with its destinations from `next_dst` on, as many as fit; false when none does.
+  bool add(const RegionArgs& region, int& next_dst) {
+    const uint32_t index = params.num_regions;
+    const int used = index > 0 ? params.regions[index - 1].slot_end : 0;
+    const int taken = std::min(region.num_dsts - next_dst, kMaxCopySlots - used);
+    if (index == kMaxCopyRegions || taken <= 0) return false;
+
+    const int64_t element_size = region.extent.element_size;
+    const bool many_rows = region.extent.rows > 1;
+    CopyRegion& out = params.regions[params.num_regions++];
+    out.src = region.src.data;
+    out.src_stride = many_rows ? region.src.row_stride * element_size : 0;
+    uint64_t address_bits = reinterpret_cast<uintptr_t>(out.src) | static_cast<uint64_t>(out.src_stride);
+    out.slot_begin = static_cast<uint16_t>(used);
+    out.slot_end = static_cast<uint16_t>(used + taken);
+    for (int s = used; s < used + taken; ++s) {
+      const TensorView& dst = region.dsts[next_dst++];
+      params.slots[s] = {dst.data, many_rows ? dst.row_stride * element_size : 0};
+      address_bits |= reinterpret_cast<uintptr_t>(dst.data) | static_cast<uint64_t>(params.slots[s].stride);
+    }
+    out.unit = address_bits % 16 == 0 ? 16 : address_bits % 4 == 0 ? 4 : 1;
+    extents[index] = region.extent;
+    return true;
+  }
+
+  // Sets the live extents of all regions in `out`, which is params or a copy of it; returns the number of tiles.
+  uint64_t set_extents(CopyParams& out, int64_t expanded_rows, int64_t max_len) const {
+    uint64_t tiles = 0;
+    for (uint32_t r = 0; r < out.num_regions; ++r) {
+      const CopyExtent& extent = extents[r];
+      int64_t rows = extent.rows, cols = extent.cols;
+      if (extent.rows_expanded && expanded_rows >= 0) {
+        (extent.one_dimensional ? cols : rows) = expanded_rows + extent.rows_extra;
+      }
+      if (extent.cols_per > 0 && max_len >= 0) {
+        cols = max_len / extent.cols_per + (max_len % extent.cols_per != 0);
+      }
+      tiles += set_copy_extent(out.regions[r], rows, cols * extent.element_size);
+      out.regions[r].tile_end = static_cast<uint32_t>(tiles);
+    }
+    out.num_tiles = static_cast<uint32_t>(tiles);
+    return tiles;
+  }
+};
+
+}  // namespace sgl_kernel

@@ -1,0 +1,129 @@
+// The fused metadata copy: many small strided regions, each read once and written to any number of destinations,
+// in one launch. This file knows nothing of torch; the host part is shared by the CPU and the CUDA library.
+#pragma once
+
+#include <cstdint>
+
+namespace sgl_kernel {
+
+constexpr int kMaxCopyRegions = 12;    // regions in one launch
+constexpr int kMaxCopySlots = 208;     // (region, destination) pairs in one launch: 16 destinations of 13 regions
+constexpr int kCopyThreads = 256;      // threads of a block; a block moves one tile at a time
+constexpr int kCopyBytesPerThread = 16;
+
+// One destination of one region.
+struct CopySlot {
+  char* data;
+  int64_t stride;  // bytes between rows
+};
+
+// Live extent of one region in one launch. A tile is (kCopyThreads >> log2_lanes) rows x (16 << log2_lanes) bytes, so
+// narrow rows share a block and wide rows take several.
+struct CopyRegion {
+  const char* src;
+  int64_t src_stride;   // bytes between rows
+  int64_t row_bytes;    // live bytes of a row
+  uint32_t rows;        // live rows
+  uint32_t row_tiles;   // tiles side by side in a row
+  uint32_t tile_end;    // one past the region's last tile, counted over all regions
+  uint16_t slot_begin;  // destinations: slots[slot_begin, slot_end)
+  uint16_t slot_end;
+  uint8_t unit;         // bytes of one access: 16, 4 or 1; every row of every tensor is aligned to it
+  uint8_t log2_lanes;   // threads side by side on a row
+};
+
+// The whole kernel argument. Below 4 KiB, the limit that every CUDA version has.
+struct CopyParams {
+  uint32_t num_regions;
+  uint32_t num_tiles;
+  CopyRegion regions[kMaxCopyRegions];
+  CopySlot slots[kMaxCopySlots];
+};
+static_assert(sizeof(CopyParams) <= 4096, "CopyParams must fit in the kernel argument space");
+
+// Sets the live extent of a region; returns its number of tiles.
+inline uint64_t set_copy_extent(CopyRegion& region, int64_t rows, int64_t row_bytes) {
+  region.rows = static_cast<uint32_t>(rows);
+  region.row_bytes = row_bytes;
+  const int64_t lanes_wanted = (row_bytes + kCopyBytesPerThread - 1) / kCopyBytesPerThread;
+  int log2_lanes = 0;
+  while ((int64_t{1} << log2_lanes) < lanes_wanted && (1 << log2_lanes) < kCopyThreads) ++log2_lanes;
+  region.log2_lanes = static_cast<uint8_t>(log2_lanes);
+  const int64_t tile_bytes = int64_t{kCopyBytesPerThread} << log2_lanes;
+  const int64_t tile_rows = kCopyThreads >> log2_lanes;
+  const uint64_t row_tiles = static_cast<uint64_t>((row_bytes + tile_bytes - 1) / tile_bytes);
+  region.row_tiles = static_cast<uint32_t>(row_tiles);
+  return row_tiles * static_cast<uint64_t>((rows + tile_rows - 1) / tile_rows);
+}
+
+#if defined(__CUDACC__)
+
+// Copies what this thread owns of one tile: up to 16 bytes of one row, to every destination of the region.
+template <typename Unit>
+__device__ __forceinline__ void copy_tile(const CopyParams& params, const CopyRegion& region, uint32_t tile) {
+  constexpr int kUnits = kCopyBytesPerThread / sizeof(Unit);
+  const uint32_t lanes = 1u << region.log2_lanes;
+  const uint32_t lane = threadIdx.x & (lanes - 1);
+  const uint32_t tile_row = tile / region.row_tiles;
+  const uint32_t tile_col = tile - tile_row * region.row_tiles;
+  const int64_t row = static_cast<int64_t>(tile_row) * (kCopyThreads >> region.log2_lanes) +
+                      (threadIdx.x >> region.log2_lanes);
+  if (row >= region.rows) return;
+
+  const char* const src = region.src + row * region.src_stride;
+  const int64_t whole_units = region.row_bytes / static_cast<int64_t>(sizeof(Unit));
+  const int64_t first = static_cast<int64_t>(tile_col) * lanes * kUnits + lane;  // my units: first + k * lanes
+
+  Unit value[kUnits];
+#pragma unroll
+  for (int k = 0; k < kUnits; ++k) {
+    const int64_t unit = first + k * static_cast<int64_t>(lanes);
+    if (unit < whole_units) value[k] = __ldg(reinterpret_cast<const Unit*>(src) + unit);
+  }
+  for (uint32_t s = region.slot_begin; s < region.slot_end; ++s) {
+    char* const dst = params.slots[s].data + row * params.slots[s].stride;
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      const int64_t unit = first + k * static_cast<int64_t>(lanes);
+      if (unit < whole_units) reinterpret_cast<Unit*>(dst)[unit] = value[k];
+    }
+  }
+
+  // The bytes past the last whole unit belong to the thread whose next unit would hold them.
+  if constexpr (sizeof(Unit) > 1) {
+    const int64_t past = whole_units - first;
+    const bool mine = past >= 0 && past % lanes == 0 && past / lanes < kUnits;
+    int64_t offset = whole_units * static_cast<int64_t>(sizeof(Unit));
+    if (!mine || offset == region.row_bytes) return;
+    for (; offset + 4 <= region.row_bytes; offset += 4) {
+      const uint32_t word = *reinterpret_cast<const uint32_t*>(src + offset);
+      for (uint32_t s = region.slot_begin; s < region.slot_end; ++s) {
+        *reinterpret_cast<uint32_t*>(params.slots[s].data + row * params.slots[s].stride + offset) = word;
+      }
+    }
+    for (; offset < region.row_bytes; ++offset) {
+      const char byte = src[offset];
+      for (uint32_t s = region.slot_begin; s < region.slot_end; ++s) {
+        params.slots[s].data[row * params.slots[s].stride + offset] = byte;
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kCopyThreads)
+fused_metadata_copy_kernel(const __grid_constant__ CopyParams params) {
+  for (uint32_t tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
+    uint32_t r = 0, begin = 0;  // regions are sorted, largest first: the scan is short for most tiles
+    while (tile >= params.regions[r].tile_end) begin = params.regions[r++].tile_end;
+    const CopyRegion& region = params.regions[r];
+    switch (region.unit) {
+      case 16: copy_tile<uint4>(params, region, tile - begin); break;
+      case 4: copy_tile<uint32_t>(params, region, tile - begin); break;
+      default: copy_tile<unsigned char>(params, region, tile - begin); break;
+    }
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace sgl_kernel

@@ -1,0 +1,290 @@
+// nsa_metadata_generate through a plan: every check and all addresses once, then a run without arguments.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "attention/nsa_metadata_generate.cuh"
+#include "plan.h"
+#include "sgl_kernel_ops.h"
+#include "stack.h"
+
+namespace sgl_kernel {
+namespace {
+
+constexpr const char* kOp = "nsa_metadata_generate";
+constexpr uint64_t kMagic = 0x67656e657261u * 256 + kAbiVersion;
+constexpr int64_t kMaxColumns = int64_t{1} << 30;  // column arithmetic is 32-bit; offsets are 64-bit
+constexpr int64_t kMaxRows = int64_t{1} << 24;
+
+// The fields of a destination, in the order in which their tensors stand in `dsts`. Bit f of dst_fields[d] says that
+// destination d has field f.
+enum DestinationField {
+  kCacheSeqlens,
+  kCuSeqlensK,
+  kPageTable1,
+  kNsaCacheSeqlens,
+  kNsaCuSeqlensK,
+  kSeqlensExpanded,
+  kRealPageTable,
+  kNumDestinationFields,
+};
+struct FieldInfo {
+  const char* suffix;  // of FieldName
+  int64_t dim;
+  bool per_row;        // one element (or table row) per row, else per request
+  bool prefix;         // one element more
+  bool optional;
+};
+constexpr FieldInfo kFields[kNumDestinationFields] = {
+    {"destinations[%d].cache_seqlens", 1, false, false, false},
+    {"destinations[%d].cu_seqlens_k", 1, false, true, false},
+    {"destinations[%d].page_table_1", 2, true, false, false},
+    {"destinations[%d].nsa_cache_seqlens", 1, true, false, false},
+    {"destinations[%d].nsa_cu_seqlens_k", 1, true, true, false},
+    {"destinations[%d].seqlens_expanded", 1, true, false, true},
+    {"destinations[%d].real_page_table", 2, true, false, true},
+};
+
+struct PlanArgs {
+  int64_t mode, bs;
+  TensorView seq_lens, req_pool_indices, req_to_token, accept_lens;
+  int64_t page_size, topk, rows_per_req;
+  bool has_accept_lens, packed;
+  int64_t rows() const { return bs * rows_per_req; }
+};
+
+void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return;
+  reject(kOp, {name}, std::to_string(least) + " .. " + std::to_string(most), value);
+}
+
+void check_scalars(const PlanArgs& args) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  check_range("mode", args.mode, 0, 2);
+  check_range("bs", args.bs, 0, kMaxRows);
+  check_range("page_size", args.page_size, 1, kMost);
+  check_range("topk", args.topk, 1, kMost);
+  check_range("rows_per_req", args.rows_per_req, 1, args.mode == 0 ? 1 : kMaxRows / std::max<int64_t>(args.bs, 1));
+  if (args.packed && args.mode != 2) reject(kOp, {"packed"}, "False outside DRAFT_EXTEND (mode 2)", "True");
+  if (args.has_accept_lens != (args.mode == 2)) {
+    reject(kOp, {"accept_lens"}, args.mode == 2 ? "a tensor in DRAFT_EXTEND" : "None outside DRAFT_EXTEND",
+           args.has_accept_lens ? "a tensor" : "None");
+  }
+}
+
+void check_index_vector(TensorView& view, int32_t device_index, int64_t size) {
+  check_device(kOp, view, device_index);
+  if (view.dtype != aoti_torch_dtype_int32() && view.dtype != aoti_torch_dtype_int64()) {
+    reject(kOp, view.name, "int32 or int64", dtype_name(view.dtype));
+  }
+  check_tensor(kOp, view, {device_index, view.dtype, 1, 1, size});
+}
+
+void check_inputs(PlanArgs& args) {
+  const int32_t device_index = args.seq_lens.device_index;
+  check_index_vector(args.seq_lens, device_index, args.bs);
+  check_index_vector(args.req_pool_indices, device_index, args.bs);
+  check_tensor(kOp, args.req_to_token, {device_index, aoti_torch_dtype_int32(), 2, args.bs > 0 ? 1 : 0, 0});
+  if (args.req_to_token.cols > kMaxColumns) {
+    reject(kOp, args.req_to_token.name, "at most " + std::to_string(kMaxColumns) + " columns", args.req_to_token.cols);
+  }
+  if (args.has_accept_lens) {
+    check_tensor(kOp, args.accept_lens, {device_index, aoti_torch_dtype_int32(), 1, 1, args.bs});
+  }
+}
+
+struct Destination {
+  TensorView fields[kNumDestinationFields];
+  bool has[kNumDestinationFields] = {};
+  int64_t seqlens_offset = 0;
+  int32_t* data(int f) const { return has[f] ? reinterpret_cast<int32_t*>(fields[f].data) : nullptr; }
+};
+
+// Columns that a table may hold: page_table_1 one per token, real_page_table one per page.
+void check_table_width(const TensorView& table, const PlanArgs& args, int64_t page_size) {
+  const int64_t most = (args.req_to_token.cols + page_size - 1) / page_size;
+  if (table.cols <= most) return;
+  reject(kOp, table.name,
+         "at most " + std::to_string(most) + " columns (req_to_token has " + std::to_string(args.req_to_token.cols) +
+             ", page size " + std::to_string(page_size) + ")",
+         table.cols);
+}
+
+void check_no_input_overlap(const TensorView& dst, const PlanArgs& args) {
+  const auto whole = [](const TensorView& view) {
+    return Footprint{view.data, view.rows, view.cols * view.element_size, view.row_stride * view.element_size};
+  };
+  for (const TensorView* input : {&args.seq_lens, &args.req_pool_indices, &args.req_to_token, &args.accept_lens}) {
+    if (input == &args.accept_lens && !args.has_accept_lens) continue;
+    if (overlaps(whole(*input), whole(dst))) {
+      reject(kOp, dst.name, "memory apart from every input", "an overlap with " + input->name.str());
+    }
+  }
+}
+
+void check_destination(Destination& dst, const PlanArgs& args) {
+  for (int f = 0; f < kNumDestinationFields; ++f) {
+    if (!dst.has[f]) {
+      if (!kFields[f].optional) reject(kOp, dst.fields[f].name, "a tensor", "None");
+      continue;
+    }
+    const int64_t count = kFields[f].per_row ? args.rows() : args.bs;
+    const bool table = kFields[f].dim == 2;
+    check_tensor(kOp, dst.fields[f],
+                 {args.seq_lens.device_index, aoti_torch_dtype_int32(), kFields[f].dim, table ? count : 1,
+                  table ? 0 : count + kFields[f].prefix, /*written=*/true});
+    if (table) check_table_width(dst.fields[f], args, f == kPageTable1 ? 1 : args.page_size);
+    check_no_input_overlap(dst.fields[f], args);
+  }
+}
+
+GenerateVectors vectors_of(const Destination& dst) {
+  return {dst.data(kCacheSeqlens),  dst.data(kCuSeqlensK),      dst.data(kNsaCacheSeqlens),
+          dst.data(kNsaCuSeqlensK), dst.data(kSeqlensExpanded), dst.seqlens_offset};
+}
+
+GenerateTables tables_of(const Destination& dst) {
+  const bool real = dst.has[kRealPageTable];
+  const TensorView &table = dst.fields[kPageTable1], &pages = dst.fields[kRealPageTable];
+  return {dst.data(kPageTable1),
+          dst.data(kRealPageTable),
+          table.row_stride,
+          real ? pages.row_stride : 0,
+          dst.seqlens_offset,
+          static_cast<int32_t>(table.cols),
+          real ? static_cast<int32_t>(pages.cols) : 0};
+}
+
+bool same_tables(const GenerateTables& a, const GenerateTables& b) {
+  return a.page_table_1 == b.page_table_1 && a.stride1 == b.stride1 && a.width1 == b.width1 &&
+         a.real_page_table == b.real_page_table && a.stride2 == b.stride2 && a.width2 == b.width2;
+}
+
+// Destinations that share their tables need them written once, up to the longest of their lengths.
+void add_tables(GenerateParams& launch, const GenerateTables& tables) {
+  for (int t = 0; t < launch.num_tables; ++t) {
+    if (!same_tables(launch.tables[t], tables)) continue;
+    launch.tables[t].seqlens_offset = std::max(launch.tables[t].seqlens_offset, tables.seqlens_offset);
+    return;
+  }
+  launch.tables[launch.num_tables++] = tables;
+}
+
+bool rows_start_on_16_bytes(const void* data, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 4 == 0;
+}
+
+// Sets what depends on all tables of the launch, the grid included.
+void finish(GenerateParams& launch, int32_t resident_blocks) {
+  launch.aligned = rows_start_on_16_bytes(launch.req_to_token, launch.token_stride);
+  launch.max_offset = std::numeric_limits<int64_t>::min();
+  int64_t max_cols = 0;
+  for (int t = 0; t < launch.num_tables; ++t) {
+    const GenerateTables& tables = launch.tables[t];
+    launch.aligned = launch.aligned && rows_start_on_16_bytes(tables.page_table_1, tables.stride1);
+    launch.max_offset = std::max(launch.max_offset, tables.seqlens_offset);
+    const int64_t last_page_column = tables.width2 > 0 ? (tables.width2 - int64_t{1}) * launch.page_size + 1 : 0;
+    max_cols = std::max({max_cols, int64_t{tables.width1}, last_page_column});
+  }
+  launch.max_cols = static_cast<int32_t>(max_cols);
+  // Enough blocks on each request to fill the device when few requests are long, one wave of them when all are.
+  const int64_t wanted = std::max<int64_t>(4, resident_blocks / std::max(launch.bs, 1));
+  const int64_t most = std::max<int64_t>(1, (max_cols + kColumnsPerBlock - 1) / kColumnsPerBlock);
+  launch.col_blocks = static_cast<int32_t>(std::min(wanted, most));
+  if (max_cols == 0) launch.num_tables = 0;
+}
+
+GenerateParams common_params(const PlanArgs& args) {
+  GenerateParams p{};
+  p.seq_lens = args.seq_lens.data;
+  p.req_pool_indices = args.req_pool_indices.data;
+  p.req_to_token = reinterpret_cast<const int32_t*>(args.req_to_token.data);
+  p.accept_lens = reinterpret_cast<const int32_t*>(args.accept_lens.data);
+  p.token_stride = args.req_to_token.row_stride;
+  p.pool_size = args.req_to_token.rows;
+  p.topk = static_cast<int32_t>(args.topk);
+  p.page_size = static_cast<int32_t>(args.page_size);
+  p.page_shift = -1;
+  for (int shift = 0; shift < 31; ++shift) {
+    if ((int64_t{1} << shift) == args.page_size) p.page_shift = shift;
+  }
+  p.bs = static_cast<int32_t>(args.bs);
+  p.rows_per_req = static_cast<int32_t>(args.rows_per_req);
+  p.mode = static_cast<Mode>(args.mode);
+  p.seq_lens_64 = args.seq_lens.element_size == 8;
+  p.req_pool_indices_64 = args.req_pool_indices.element_size == 8;
+  p.packed = args.packed;
+  return p;
+}
+
+std::vector<GenerateParams> make_launches(const PlanArgs& args, const std::vector<Destination>& dsts) {
+  std::vector<GenerateParams> launches;
+  for (size_t d = 0; d < dsts.size(); ++d) {
+    if (d % kMaxGenerateDestinations == 0) launches.push_back(common_params(args));
+    GenerateParams& launch = launches.back();
+    launch.vectors[launch.num_vectors++] = vectors_of(dsts[d]);
+    add_tables(launch, tables_of(dsts[d]));
+  }
+  for (GenerateParams& launch : launches) finish(launch, backend::resident_blocks(args.seq_lens.device_index));
+  return launches;
+}
+
+}  // namespace
+
+void nsa_metadata_generate_plan(StableIValue* stack, uint64_t, uint64_t) {
+  PlanArgs args{};
+  args.mode = take<int64_t>(stack[0]);
+  args.bs = take<int64_t>(stack[1]);
+  const TensorHandle seq_lens = take_tensor(stack[2]), req_pool_indices = take_tensor(stack[3]);
+  const TensorHandle req_to_token = take_tensor(stack[4]);
+  const auto tensors = take<std::vector<torch::stable::Tensor>>(stack[5]);
+  const auto dst_fields = take<std::vector<int64_t>>(stack[6]);
+  const auto seqlens_offsets = take<std::vector<int64_t>>(stack[7]);
+  args.page_size = take<int64_t>(stack[8]);
+  args.topk = take<int64_t>(stack[9]);
+  args.rows_per_req = take<int64_t>(stack[10]);
+  const TensorHandle accept_lens = take_optional_tensor(stack[11]);
+  args.packed = take<bool>(stack[12]);
+
+  args.has_accept_lens = accept_lens != nullptr;
+  check_scalars(args);
+  args.seq_lens = view_tensor(seq_lens.get(), {"seq_lens"});
+  args.req_pool_indices = view_tensor(req_pool_indices.get(), {"req_pool_indices"});
+  args.req_to_token = view_tensor(req_to_token.get(), {"req_to_token"});
+  if (accept_lens) args.accept_lens = view_tensor(accept_lens.get(), {"accept_lens"});
+  check_inputs(args);
+
+  if (seqlens_offsets.size() != dst_fields.size()) {
+    reject(kOp, {"seqlens_offsets"}, std::to_string(dst_fields.size()) + " values", seqlens_offsets.size());
+  }
+  std::vector<Destination> dsts(dst_fields.size());
+  size_t next = 0;
+  for (int d = 0; d < static_cast<int>(dsts.size()); ++d) {
+    for (int f = 0; f < kNumDestinationFields; ++f) {
+      const FieldName name{"", kFields[f].suffix, d};
+      dsts[d].fields[f].name = name;
+      if ((dst_fields[d] >> f & 1) == 0) continue;
+      if (next == tensors.size()) reject(kOp, {"dsts"}, "one tensor per set bit of dst_fields", tensors.size());
+      dsts[d].fields[f] = view_tensor(tensors[next++].get(), name);
+      dsts[d].has[f] = true;
+    }
+    dsts[d].seqlens_offset = seqlens_offsets[d];
+    check_destination(dsts[d], args);
+  }
+
+  const std::vector<GenerateParams> launches = make_launches(args, dsts);
+  const int32_t device_index = args.seq_lens.device_index;
+  backend::prepare(device_index);
+  const PlanHeader header{kMagic, static_cast<int64_t>(launches.size()), device_index, backend::device_type(), {0, 0}};
+  stack[0] = torch::stable::detail::from(make_plan(header, launches));
+}
+
+void nsa_metadata_generate_run(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorHandle plan_tensor = take_tensor(stack[0]);
+  const auto plan = open_plan<GenerateParams>(kOp, plan_tensor.get(), kMagic);
+  for (const GenerateParams* launch = plan.begin; launch != plan.end; ++launch) {
+    backend::launch_generate(*launch, plan.header->device_index);
+  }
+}
+
+}  // namespace sgl_kernel

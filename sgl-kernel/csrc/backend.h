@@ -1,0 +1,24 @@
+// What a device must offer to the operators. csrc/attention/*.cu implement it for CUDA, csrc/cpu/*.cc for the CPU;
+// a library links exactly one of them.
+#pragma once
+
+#include <cstdint>
+
+namespace sgl_kernel {
+
+struct CopyParams;
+struct GenerateParams;
+
+namespace backend {
+
+const char* device_name();                   // "cpu" or "cuda"
+int32_t device_type();                       // torch's number for it
+void prepare(int32_t device_index);          // loads the kernels, so that a later launch may be captured in a graph
+int32_t resident_blocks(int32_t device_index);  // blocks of 256 threads that run at the same time
+
+// Both enqueue on the device's current stream and return at once (the CPU: when done).
+void launch_copy(const CopyParams& params, int32_t device_index);
+void launch_generate(const GenerateParams& params, int32_t device_index);
+
+}  // namespace backend
+}  // namespace sgl_kernel

@@ -1,0 +1,83 @@
+// The CPU as a backend: the same parameter blocks, walked by plain loops.
+#include "backend.h"
+
+#include <cstring>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "attention/fused_metadata_copy.cuh"
+#include "attention/nsa_metadata_generate.cuh"
+
+namespace sgl_kernel {
+namespace {
+
+void write_vectors(const GenerateParams& p, const GenerateVectors& out) {
+  uint32_t kv_sum = 0, nsa_sum = 0;  // modulo 2^32, as the int32 results are
+  int64_t row = 0;
+  out.cu_seqlens_k[0] = 0;
+  out.nsa_cu_seqlens_k[0] = 0;
+  for (int32_t i = 0; i < p.bs; ++i) {
+    const int64_t kv = kv_len(seq_len(p, i), out.seqlens_offset);
+    const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
+    const int64_t cached = cache_seqlen(p, kv);
+    kv_sum += static_cast<uint32_t>(cached);
+    out.cache_seqlens[i] = static_cast<int32_t>(cached);
+    out.cu_seqlens_k[i + 1] = static_cast<int32_t>(kv_sum);
+    for (int32_t j = 0; j < rows; ++j, ++row) {
+      const int64_t len = row_len(p, kv, accepted, j), kept = smaller(len, p.topk);
+      nsa_sum += static_cast<uint32_t>(kept);
+      out.nsa_cache_seqlens[row] = static_cast<int32_t>(kept);
+      out.nsa_cu_seqlens_k[row + 1] = static_cast<int32_t>(nsa_sum);
+      if (out.seqlens_expanded != nullptr) out.seqlens_expanded[row] = static_cast<int32_t>(len);
+    }
+  }
+}
+
+void write_tables(const GenerateParams& p, const GenerateTables& table) {
+  int64_t row = 0;
+  for (int32_t i = 0; i < p.bs; ++i) {
+    const int32_t* const tokens = token_row(p, i);
+    const int64_t kv = kv_len(seq_len(p, i), table.seqlens_offset);
+    const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
+    for (int32_t j = 0; j < rows; ++j, ++row) {
+      const int64_t len = row_len(p, kv, accepted, j);
+      const int64_t live = smaller(len, table.width1);
+      if (live > 0) std::memcpy(table.page_table_1 + row * table.stride1, tokens, live * sizeof(int32_t));
+      if (table.real_page_table == nullptr) continue;
+      int32_t* const pages = table.real_page_table + row * table.stride2;
+      for (int64_t c = 0; c < table.width2 && c * p.page_size < len; ++c) {
+        pages[c] = page_of_token(p, tokens[c * p.page_size]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+namespace backend {
+
+const char* device_name() { return "cpu"; }
+int32_t device_type() { return aoti_torch_device_type_cpu(); }
+void prepare(int32_t) {}
+int32_t resident_blocks(int32_t) { return 1; }
+
+void launch_copy(const CopyParams& params, int32_t) {
+  for (uint32_t r = 0; r < params.num_regions; ++r) {
+    const CopyRegion& region = params.regions[r];
+    if (region.row_bytes == 0) continue;
+    for (int64_t row = 0; row < region.rows; ++row) {
+      const char* const src = region.src + row * region.src_stride;
+      for (int s = region.slot_begin; s < region.slot_end; ++s) {
+        std::memcpy(params.slots[s].data + row * params.slots[s].stride, src, region.row_bytes);
+      }
+    }
+  }
+}
+
+void launch_generate(const GenerateParams& params, int32_t) {
+  for (int d = 0; d < params.num_vectors; ++d) write_vectors(params, params.vectors[d]);
+  for (int t = 0; t < params.num_tables; ++t) write_tables(params, params.tables[t]);
+}
+
+}  // namespace backend
+}  // namespace sgl_kernel

@@ -1,0 +1,168 @@
+// Tensors at the operator boundary: a plain description of each, and the checks that every operator makes, in one
+// fixed order: device, dtype, rank, shape, stride, overlap. No check reads the memory of a device.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "backend.h"
+
+namespace sgl_kernel {
+
+// The name of an argument, put together only when a message needs it.
+struct FieldName {
+  const char* stem;
+  const char* suffix = "";  // may hold up to two %d
+  int a = 0;
+  int b = 0;
+  std::string str() const {
+    char text[96];
+    std::snprintf(text, sizeof(text), suffix, a, b);
+    return std::string(stem) + text;
+  }
+};
+
+// Every rejection reads: <operator>: <field>: expected <what>, found <what>.
+template <typename Expected, typename Found>
+[[noreturn]] void reject(const char* op, const FieldName& field, const Expected& expected, const Found& found) {
+  std::ostringstream text;
+  text << op << ": " << field.str() << ": expected " << expected << ", found " << found;
+  throw std::runtime_error(text.str());
+}
+
+inline void check_shim(AOTITorchError status, const char* what) {
+  if (status != 0) throw std::runtime_error(std::string("sgl_kernel: torch failed to tell ") + what);
+}
+
+struct TensorView {
+  FieldName name;
+  AtenTensorHandle handle = nullptr;
+  char* data = nullptr;  // set by check_tensor, after the device is known to be right
+  int32_t device_type = 0, device_index = 0, dtype = 0;
+  int64_t element_size = 0;
+  int64_t dim = 0, rows = 1, cols = 1;          // a 1-D tensor is one row
+  int64_t row_stride = 0, col_stride = 1;       // elements
+};
+
+inline TensorView view_tensor(AtenTensorHandle handle, FieldName name) {
+  TensorView view;
+  view.name = name;
+  view.handle = handle;
+  int64_t *sizes = nullptr, *strides = nullptr;
+  check_shim(aoti_torch_get_device_type(handle, &view.device_type), "a device type");
+  check_shim(aoti_torch_get_device_index(handle, &view.device_index), "a device index");
+  check_shim(aoti_torch_get_dtype(handle, &view.dtype), "a dtype");
+  check_shim(aoti_torch_get_dim(handle, &view.dim), "a rank");
+  check_shim(aoti_torch_get_sizes(handle, &sizes), "a shape");
+  check_shim(aoti_torch_get_strides(handle, &strides), "strides");
+  view.element_size = static_cast<int64_t>(aoti_torch_dtype_element_size(view.dtype));
+  if (view.dim == 1) {
+    view.cols = sizes[0], view.col_stride = strides[0];
+  } else if (view.dim == 2) {
+    view.rows = sizes[0], view.cols = sizes[1], view.row_stride = strides[0], view.col_stride = strides[1];
+  }
+  return view;
+}
+
+inline std::string dtype_name(int32_t dtype) {
+  struct Known {
+    int32_t (*number)();
+    const char* name;
+  };
+  static constexpr Known kKnown[] = {
+      {aoti_torch_dtype_int32, "int32"},     {aoti_torch_dtype_int64, "int64"},
+      {aoti_torch_dtype_uint8, "uint8"},     {aoti_torch_dtype_int8, "int8"},
+      {aoti_torch_dtype_bool, "bool"},       {aoti_torch_dtype_int16, "int16"},
+      {aoti_torch_dtype_float32, "float32"}, {aoti_torch_dtype_float64, "float64"},
+      {aoti_torch_dtype_float16, "float16"}, {aoti_torch_dtype_bfloat16, "bfloat16"},
+  };
+  for (const Known& known : kKnown) {
+    if (known.number() == dtype) return known.name;
+  }
+  return "dtype number " + std::to_string(dtype);
+}
+
+inline std::string device_text(int32_t type, int32_t index) {
+  const std::string name = type == aoti_torch_device_type_cpu()    ? "cpu"
+                           : type == aoti_torch_device_type_cuda() ? "cuda"
+                           : type == aoti_torch_device_type_meta() ? "meta"
+                                                                   : "device type " + std::to_string(type);
+  return type == aoti_torch_device_type_cpu() ? name : name + ":" + std::to_string(index);
+}
+
+inline std::string shape_text(const TensorView& view) {
+  return view.dim == 1 ? "[" + std::to_string(view.cols) + "]"
+                       : "[" + std::to_string(view.rows) + ", " + std::to_string(view.cols) + "]";
+}
+
+// What a tensor must be. `device_index` is that of the call's first tensor.
+struct Expected {
+  int32_t device_index;
+  int32_t dtype;
+  int64_t dim;
+  int64_t rows;  // at least (ignored for 1-D)
+  int64_t cols;  // at least
+  bool written = false;
+};
+
+inline void check_device(const char* op, const TensorView& view, int32_t device_index) {
+  if (view.device_type == backend::device_type() && view.device_index == device_index) return;
+  reject(op, view.name, "a tensor on " + device_text(backend::device_type(), device_index),
+         device_text(view.device_type, view.device_index));
+}
+
+inline void check_shape(const char* op, const TensorView& view, int64_t rows, int64_t cols) {
+  if (view.cols >= cols && (view.dim == 1 || view.rows >= rows)) return;
+  const std::string wanted = view.dim == 1 ? "[" + std::to_string(cols) + "]"
+                                           : "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+  reject(op, view.name, "a shape of at least " + wanted, shape_text(view));
+}
+
+inline void check_stride(const char* op, const TensorView& view, bool written) {
+  if (view.cols > 1 && view.col_stride != 1) reject(op, view.name, "an inner stride of 1", view.col_stride);
+  if (written && view.dim == 2 && view.rows > 1 && view.row_stride < view.cols) {
+    reject(op, view.name, "rows that do not overlap (row stride of at least " + std::to_string(view.cols) + ")",
+           view.row_stride);
+  }
+}
+
+inline char* data_of(const TensorView& view) {
+  void* data = nullptr;
+  check_shim(aoti_torch_get_data_ptr(view.handle, &data), "a data pointer");
+  return static_cast<char*>(data);
+}
+
+// All checks of one tensor by itself; sets view.data.
+inline void check_tensor(const char* op, TensorView& view, const Expected& expected) {
+  check_device(op, view, expected.device_index);
+  if (view.dtype != expected.dtype) reject(op, view.name, dtype_name(expected.dtype), dtype_name(view.dtype));
+  if (view.dim != expected.dim) reject(op, view.name, "rank " + std::to_string(expected.dim), view.dim);
+  check_shape(op, view, expected.rows, expected.cols);
+  check_stride(op, view, expected.written);
+  view.data = data_of(view);
+}
+
+// The bytes that a call touches in one tensor: `rows` pieces of `row_bytes`, `stride` bytes apart.
+struct Footprint {
+  const char* data;
+  int64_t rows, row_bytes, stride;
+  bool empty() const { return rows == 0 || row_bytes == 0; }
+  const char* end() const { return data + (rows - 1) * stride + row_bytes; }
+};
+
+// True when the two share a byte. Exact for equal strides (two column ranges of one buffer do not overlap); else the
+// ranges from first to last byte decide.
+inline bool overlaps(const Footprint& a, const Footprint& b) {
+  if (a.empty() || b.empty() || a.end() <= b.data || b.end() <= a.data) return false;
+  if (a.stride != b.stride || a.stride <= 0 || a.rows == 1 || b.rows == 1) return true;
+  int64_t shift = (b.data - a.data) % a.stride;
+  if (shift < 0) shift += a.stride;
+  return shift < a.row_bytes || shift + b.row_bytes > a.stride;
+}
+
+}  // namespace sgl_kernel

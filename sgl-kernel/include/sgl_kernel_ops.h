@@ -1,0 +1,33 @@
+// The operators, as torch's stable ABI calls them: a stack of StableIValue in, the results in its first places out.
+// csrc/common_extension.cc registers them; the schemas stand there. Errors are std::runtime_error.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+
+namespace sgl_kernel {
+
+// Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another number.
+constexpr int64_t kAbiVersion = 1;
+
+using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
+
+void abi_version(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
+
+// Regions from one source set into N destination sets.
+BoxedOperator fused_metadata_copy_plan;
+BoxedOperator fused_metadata_copy_run;
+
+// SGLang's signatures: one destination with any mode; three destinations in DECODE.
+BoxedOperator fused_metadata_copy;
+BoxedOperator fused_metadata_copy_multi;
+std::string fused_metadata_copy_schema();
+std::string fused_metadata_copy_multi_schema();
+
+// seq_lens, req_pool_indices, req_to_token -> all fields of N destinations.
+BoxedOperator nsa_metadata_generate_plan;
+BoxedOperator nsa_metadata_generate_run;
+
+}  // namespace sgl_kernel

@@ -1,0 +1,25 @@
+"""Fused metadata kernels for NSA models with MTP speculative decoding, on the CPU and on CUDA.
+
+Importing this package loads nothing; the compiled library of a device is loaded when it is first needed.
+"""
+
+from ._library import available, load_error
+from .fused_metadata import (
+    CopyRegion,
+    FusedMetadataCopyPlan,
+    MetadataDestination,
+    NSAMetadataGeneratePlan,
+    fused_metadata_copy_cuda,
+    fused_metadata_copy_multi_cuda,
+)
+
+__all__ = [
+    "CopyRegion",
+    "FusedMetadataCopyPlan",
+    "MetadataDestination",
+    "NSAMetadataGeneratePlan",
+    "available",
+    "fused_metadata_copy_cuda",
+    "fused_metadata_copy_multi_cuda",
+    "load_error",
+]

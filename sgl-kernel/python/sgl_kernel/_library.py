@@ -1,0 +1,98 @@
+"""Finds and loads the compiled libraries, one per device type, once per process.
+
+Searched: the directory named by SGL_KERNEL_LIBRARY_DIR alone if it is set; else this package's directory (a
+wheel) and then the build directory of a source tree. A library that fails to load is not tried again.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+DEVICE_TYPES = ("cpu", "cuda")
+ABI_VERSION = 1  # kAbiVersion of include/sgl_kernel_ops.h
+LIBRARY_DIR_VARIABLE = "SGL_KERNEL_LIBRARY_DIR"
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    ops: Any | None  # torch.ops.sgl_kernel_nsa_<device type>
+    error: str | None
+
+
+def available(device_type: str) -> bool:
+    """Whether the library of "cpu" or "cuda" is there and loads."""
+    return device_type in DEVICE_TYPES and _load(device_type).ops is not None
+
+
+def load_error(device_type: str | None = None) -> str | None:
+    """Why the library of a device type does not load (with what was searched), or None if it does.
+
+    Without an argument: of "cuda" where torch sees a CUDA device, else of "cpu".
+    """
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    return _load(device_type).error if device_type in DEVICE_TYPES else _unknown_device(device_type)
+
+
+def operator(device_type: str, name: str) -> Any:
+    """One operator overload of a device's library; RuntimeError with the reason if the library is missing."""
+    if device_type not in DEVICE_TYPES:
+        raise RuntimeError(_unknown_device(device_type))
+    loaded = _load(device_type)
+    if loaded.ops is None:
+        raise RuntimeError(loaded.error)
+    return getattr(loaded.ops, name).default
+
+
+def search_directories() -> list[Path]:
+    override = os.environ.get(LIBRARY_DIR_VARIABLE)
+    if override:
+        return [Path(override)]
+    package = Path(__file__).resolve().parent
+    return [package, package.parent.parent / "build"]
+
+
+def _unknown_device(device_type: str) -> str:
+    return f"sgl_kernel: device type: expected one of {', '.join(DEVICE_TYPES)}, found {device_type}"
+
+
+@functools.cache
+def _load(device_type: str) -> _Loaded:
+    ops = getattr(torch.ops, f"sgl_kernel_nsa_{device_type}")
+    if not hasattr(ops, "abi_version"):  # another copy of this package may have loaded it already
+        reason = _load_file(device_type)
+        if reason is not None:
+            return _Loaded(None, reason)
+    found = ops.abi_version()
+    if found != ABI_VERSION:
+        reason = (
+            f"sgl_kernel: the {device_type} library has ABI version {found}, this package needs {ABI_VERSION}"
+        )
+        return _Loaded(None, reason)
+    return _Loaded(ops, None)
+
+
+def _load_file(device_type: str) -> str | None:
+    """Loads the first library found; returns the reason if there is none or it does not load."""
+    name = f"libsgl_kernel_{device_type}.so"
+    directories = search_directories()
+    path = next((d / name for d in directories if (d / name).is_file()), None)
+    if path is None:
+        searched = ", ".join(str(d) for d in directories)
+        hint = f"build it with CMake, or set {LIBRARY_DIR_VARIABLE}"
+        return f"sgl_kernel: {name} was not found in {searched} ({hint})"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"sgl_kernel: {path} does not load under torch {torch.__version__}: {error}"
+    logger.debug("loaded %s", path)
+    return None
