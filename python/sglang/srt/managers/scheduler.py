@@ -273,7 +273,10 @@ class Scheduler:
                 req.output_ids.append(token)
                 if req.return_logprob:
                     assert logprobs is not None, "the worker returned no logprobs"
-                    req.output_logprobs.append(logprobs[i])
+                    entry = logprobs[i]  # `top` is as long as the longest that anybody asked for
+                    req.output_logprobs.append(
+                        TokenLogprob(entry.token_id, entry.logprob, entry.top[: req.top_logprobs_num])
+                    )
                 if (reason := self.stops.check(req)) is not None:
                     break
         except Exception as error:  # concerns this request alone: the others go on
