@@ -51,7 +51,10 @@ CASES = [
     Case("page-size-1", args={"page_size": 1}),
     Case("page-size-16", args={"page_size": 16}),
     Case("committed", args={"nsa_draft_seqlens": "committed"}),
-    *(Case(f"copy-{copy}", args={"nsa_metadata_copy": copy}) for copy in ("torch", "foreach", "cat", "fused")),
+    *(
+        Case(f"copy-{copy}", args={"nsa_metadata_copy": copy})
+        for copy in ("torch", "foreach", "cat", "fused")
+    ),
     *(
         Case(f"{layout}-{rule}", args={"nsa_metadata_layout": layout, "nsa_draft_seqlens": rule})
         for layout in ("shared", "in_graph")
@@ -60,15 +63,25 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+CUDA_CASES = [
+    *(Case(f"copy-{copy}", args={"nsa_metadata_copy": copy}) for copy in ("streams", "triton")),
+    *(Case(f"decode-{ops}", args={"nsa_decode_backend": ops}) for ops in ("torch", "triton")),
+]
+ON_DEVICES = [pytest.param(case, "cpu", id=f"cpu-{case.name}") for case in CASES] + [
+    pytest.param(case, "cuda", id=f"cuda-{case.name}", marks=pytest.mark.gpu) for case in CASES + CUDA_CASES
+]
+
+
+@pytest.mark.parametrize(("case", "device"), ON_DEVICES)
 def test_same_tokens_with_every_metadata_path(
-    case: Case, model: Path, plain: dict[float, list[list[int]]]
+    case: Case, device: str, model: Path, plain: dict[float, list[list[int]]]
 ) -> None:
+    """On both devices the tokens are those of plain decoding on the CPU."""
     with (
         envs.SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA.override(case.precompute),
         envs.SGLANG_NSA_VERIFY_METADATA.override(True),
     ):
-        worker = make_worker(model, **speculative(case.steps, **case.args))
+        worker = make_worker(model, device=device, dtype="float32", **speculative(case.steps, **case.args))
         for temperature, expected in plain.items():
             assert generate(worker, PROMPTS, NEW_TOKENS, temperature) == expected
     state = worker.internal_state()

@@ -42,7 +42,12 @@ def generate(
 
 
 def _admit(
-    worker: TpModelWorker, i: int, prompt: list[int], new_tokens: int, temperature: float, pages: itertools.count
+    worker: TpModelWorker,
+    i: int,
+    prompt: list[int],
+    new_tokens: int,
+    temperature: float,
+    pages: itertools.count,
 ) -> Req:
     pool, page_size = worker.req_to_token_pool, worker.page_size
     req = Req(f"r{i}", prompt, SamplingParams(temperature=temperature), seed=i)
@@ -51,6 +56,8 @@ def _admit(
     room = len(prompt) + worker.lookahead * (new_tokens + 1)
     for column in range(0, min(room, pool.max_context_len), page_size):
         first = next(pages) * page_size
-        pool.req_to_token[index, column : column + page_size] = torch.arange(first, first + page_size)
+        pool.req_to_token[index, column : column + page_size] = torch.arange(
+            first, first + page_size, dtype=torch.int32, device=pool.req_to_token.device
+        )
     pool.temperature[index], pool.seed[index] = temperature, req.seed
     return req
