@@ -142,7 +142,7 @@ def test_missing_corrupt_and_doubled_files(tensors: Tensors, tmp_path: Path) -> 
     second = tmp_path / "model-00002-of-00002.safetensors"
     content = second.read_bytes()
     second.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors is not a valid"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors is not a valid"):
         load(tmp_path)
     second.write_bytes((tmp_path / "model-00001-of-00002.safetensors").read_bytes())
     with pytest.raises(ValueError, match="stored more than once"):

@@ -1,0 +1,189 @@
+"""The lightning indexer in Triton: scores over the paged keys, then an exact top-k. Equals `indexer.py`.
+
+Two launches for any number of rows. The grids depend on shapes alone and programs past a row's length end
+at once, so the calls can be captured in a CUDA graph and cost what the live lengths cost.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Scores [rows, width] held at once, in elements (float32): only long prefills need more than one chunk.
+CHUNK_ELEMENTS = 1 << 26
+TOPK_BLOCK = 2048  # scores that a program of the top-k looks at in one go
+
+
+# Not specialised on the width: it changes with every prefill, and must not compile anew for that.
+@triton.jit(do_not_specialize=["width"])
+def _scores_kernel(
+    q_index,  # [T, Hi, Di]
+    index_weights,  # [T, Hi], float32
+    index_k,  # [slots, Di]
+    page_table,  # [R, W], int32
+    table_rows,  # [T], int64, or None
+    lengths,  # [T], int32
+    scores,  # [T, width], float32: written below each row's length
+    heads,
+    dim,
+    width,
+    q_stride_t,
+    q_stride_h,
+    weights_stride,
+    k_stride,
+    table_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: one row's scores of BLOCK_N keys."""
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + row), width)
+    first = tl.program_id(1) * BLOCK_N
+    if first < length:
+        table_row = row if table_rows is None else tl.load(table_rows + row)
+        columns = first + tl.arange(0, BLOCK_N)
+        live = columns < length
+        h = tl.arange(0, BLOCK_H)
+        d = tl.arange(0, BLOCK_D)
+        slots = tl.load(page_table + table_row * table_stride + columns, mask=live, other=0).to(tl.int64)
+        k_at = index_k + slots[:, None] * k_stride + d[None, :]
+        k = tl.load(k_at, mask=live[:, None] & (d < dim)[None, :], other=0.0)  # [N, D]
+        q_at = q_index + row * q_stride_t + h[None, :] * q_stride_h + d[:, None]
+        q = tl.load(q_at, mask=(h < heads)[None, :] & (d < dim)[:, None], other=0.0)  # [D, H]
+        w = tl.load(index_weights + row * weights_stride + h, mask=h < heads, other=0.0)  # [H]
+        per_head = tl.maximum(tl.dot(k, q, input_precision="ieee"), 0.0)  # [N, H], float32
+        tl.store(scores + row * width + columns, tl.sum(per_head * w[None, :], axis=1), mask=live)
+
+
+@triton.jit
+def _ordered_keys(scores, columns, live):
+    """Scores as integers in [0, 2**32) that are ordered alike; -0.0 counts as 0.0."""
+    score = tl.load(scores + columns, mask=live, other=0.0)
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True).to(tl.int64)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 0x80000000
+
+
+@triton.jit(do_not_specialize=["width"])
+def _topk_kernel(
+    scores,  # [T, width], float32
+    page_table,  # [R, W], int32
+    table_rows,  # [T], int64, or None
+    lengths,  # [T], int32
+    slots,  # [T, topk], int32: every element is written
+    width,
+    table_stride,
+    topk,
+    BLOCK: tl.constexpr,
+):
+    """One program: one row. Finds the k-th highest score digit by digit (a radix select: four passes of
+    256 bins), then writes the slots of all scores above it and of the first ones equal to it, in the order
+    of their positions."""
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + row), width)
+    table_row = row if table_rows is None else tl.load(table_rows + row)
+    page_table += table_row * table_stride
+    scores += row * width
+    slots += row * topk
+    offsets = tl.arange(0, BLOCK)
+    if length <= topk:
+        for start in range(0, topk, BLOCK):
+            columns = start + offsets
+            page = tl.load(page_table + columns, mask=columns < length, other=-1)
+            tl.store(slots + columns, page, mask=columns < topk)
+    else:
+        bins = tl.arange(0, 256)
+        threshold = tl.zeros((), dtype=tl.int64)  # the digits of the k-th highest key known so far
+        need = tl.zeros((), dtype=tl.int32) + topk  # its rank among the keys that share these digits
+        for step in tl.static_range(4):
+            shift = 24 - 8 * step
+            histogram = tl.zeros((256,), dtype=tl.int32)
+            for start in range(0, length, BLOCK):
+                columns = start + offsets
+                live = columns < length
+                keys = _ordered_keys(scores, columns, live)
+                alike = live & ((keys >> (shift + 8)) == (threshold >> (shift + 8)))
+                histogram += tl.histogram(((keys >> shift) & 255).to(tl.int32), 256, mask=alike)
+            above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)  # keys with a higher digit
+            found = (above < need) & (need <= above + histogram)  # true for one bin
+            threshold += tl.sum(tl.where(found, bins, 0), axis=0).to(tl.int64) << shift
+            need -= tl.sum(tl.where(found, above, 0), axis=0)
+        taken = tl.zeros((), dtype=tl.int32)
+        equals = tl.zeros((), dtype=tl.int32)
+        for start in range(0, length, BLOCK):
+            columns = start + offsets
+            live = columns < length
+            keys = _ordered_keys(scores, columns, live)
+            equal = (live & (keys == threshold)).to(tl.int32)
+            first_equals = (equal > 0) & (equals + tl.cumsum(equal, axis=0) <= need)
+            pick = (live & (keys > threshold)) | first_equals
+            picked = pick.to(tl.int32)
+            rank = taken + tl.cumsum(picked, axis=0) - 1
+            tl.store(slots + rank, tl.load(page_table + columns, mask=pick, other=-1), mask=pick)
+            taken += tl.sum(picked, axis=0)
+            equals += tl.sum(equal, axis=0)
+
+
+def select_topk(
+    q_index: torch.Tensor,  # [T, Hi, Di], float32 or bfloat16
+    index_weights: torch.Tensor,  # [T, Hi], float32
+    index_k_buffer: torch.Tensor,  # [slots, Di], q_index's dtype
+    page_table: torch.Tensor,  # [R, W], int32: slot of each position
+    table_rows: torch.Tensor | None,  # [T], int64: row t's row of the page table; None: row t itself
+    lengths: torch.Tensor,  # [T], int32: keys that row t sees, >= 0
+    topk: int,
+    width: int,  # columns of the page table that can be live, <= W
+) -> torch.Tensor:
+    """As `indexer.select_topk`: slots [T, topk], int32, by position, -1 where there is none."""
+    rows, heads, dim = q_index.shape
+    for tensor in (q_index, index_weights, index_k_buffer, page_table):
+        assert tensor.stride(-1) == 1
+    assert q_index.dtype == index_k_buffer.dtype
+    slots = torch.empty((rows, topk), dtype=torch.int32, device=q_index.device)
+    if rows == 0:
+        return slots
+    if width == 0:
+        return slots.fill_(-1)
+    step = max(1, CHUNK_ELEMENTS // width)
+    scores = torch.empty((min(rows, step), width), dtype=torch.float32, device=q_index.device)
+    block_n = 64 if q_index.dtype == torch.bfloat16 else 32  # float32 products need more registers
+    for first in range(0, rows, step):
+        chunk = slice(first, min(first + step, rows))
+        count = chunk.stop - chunk.start
+        # Without table_rows a row of the chunk reads the page table's row of the same number.
+        table = page_table[chunk] if table_rows is None else page_table
+        chunk_rows = None if table_rows is None else table_rows[chunk]
+        _scores_kernel[(count, triton.cdiv(width, block_n))](
+            q_index[chunk],
+            index_weights[chunk],
+            index_k_buffer,
+            table,
+            chunk_rows,
+            lengths[chunk],
+            scores,
+            heads,
+            dim,
+            width,
+            q_index.stride(0),
+            q_index.stride(1),
+            index_weights.stride(0),
+            index_k_buffer.stride(0),
+            table.stride(0),
+            BLOCK_N=block_n,
+            BLOCK_H=max(16, triton.next_power_of_2(heads)),
+            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        )
+        _topk_kernel[(count,)](
+            scores,
+            table,
+            chunk_rows,
+            lengths[chunk],
+            slots[chunk],
+            width,
+            table.stride(0),
+            topk,
+            BLOCK=TOPK_BLOCK,
+            num_warps=8,
+        )
+    return slots
