@@ -72,8 +72,10 @@ def _request_error(error: ValidationError) -> RequestError:
 
 def _path(loc: tuple[int | str, ...]) -> str:
     """("messages", 0, "content", "str") -> messages.0.content: without the names of a union's members."""
-    types = ("str", "int", "float", "bool", "constrained-")
-    names = [p for p in loc if isinstance(p, int) or not (p.startswith(types) or "[" in p)]
+    types = ("str", "int", "float", "bool")
+    names = [
+        p for p in loc if isinstance(p, int) or not (p in types or "[" in p or p.startswith("constrained-"))
+    ]
     return ".".join(map(str, names))
 
 

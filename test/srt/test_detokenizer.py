@@ -1,0 +1,96 @@
+"""Text out of tokens in pieces: however they are cut, the pieces joined are the text of the whole."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang.srt.managers.detokenizer import IncrementalDetokenizer, OutputText
+from sglang.srt.sampling.sampling_params import SamplingParams
+from transformers import AutoTokenizer
+
+EOS = 257
+
+
+@pytest.fixture(scope="module")
+def tokenizer(dummy_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(dummy_model)
+
+
+def pieces(ids: list[int], cuts: list[int]) -> list[list[int]]:
+    edges = [0, *sorted(c % (len(ids) + 1) for c in cuts), len(ids)]
+    return [ids[a:b] for a, b in itertools.pairwise(edges)]
+
+
+# Bytes that are often not UTF-8, real characters of one to four bytes, and special tokens.
+texts = st.text(alphabet="ab\n é€𝄞\ufffd", max_size=12).map(lambda s: list(s.encode()))
+noise = st.lists(st.integers(0, 319), max_size=12)
+tokens = st.lists(texts | noise, max_size=4).map(lambda parts: list(itertools.chain(*parts)))
+cuts = st.lists(st.integers(0, 60), max_size=8)
+
+
+@given(ids=tokens, cuts=cuts, skip=st.booleans())
+def test_pieces_join_to_the_whole(tokenizer: Any, ids: list[int], cuts: list[int], skip: bool) -> None:
+    detokenizer = IncrementalDetokenizer(tokenizer, skip)
+    parts = [detokenizer.feed(piece) for piece in pieces(ids, cuts)]
+    whole = tokenizer.decode(ids, skip_special_tokens=skip)
+    assert "".join(parts) + detokenizer.flush() == whole
+
+
+@given(text=st.text(max_size=20))
+def test_valid_text_never_shows_a_replacement(tokenizer: Any, text: str) -> None:
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    parts = [detokenizer.feed([byte]) for byte in text.encode()]
+    assert "".join(parts) + detokenizer.flush() == text
+    for part in parts:
+        assert "\ufffd" not in part or "\ufffd" in text
+
+
+def reference(tokenizer: Any, ids: list[int], params: SamplingParams, reason: dict[str, Any]) -> str:
+    """All tokens at once, cut before the first stop."""
+    if not params.no_stop_trim and reason.get("matched") == ids[-1]:
+        ids = ids[:-1]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    found = [] if params.no_stop_trim else [text.find(s) for s in params.stop if s in text]
+    return text[: min(found, default=len(text))]
+
+
+@given(
+    body=st.text(alphabet="abé", max_size=16),
+    stops=st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
+    cuts=cuts,
+    end=st.sampled_from(["length", "stop"]),
+    no_trim=st.booleans(),
+)
+def test_stop_strings_never_show(
+    tokenizer: Any, body: str, stops: list[str], cuts: list[int], end: str, no_trim: bool
+) -> None:
+    """A stream shows what the whole shows, and nothing that is trimmed later."""
+    ids = list(body.encode())
+    # The scheduler ends a request with the token that completes a stop string.
+    ends = [len(body[: body.find(s)].encode()) + len(s.encode()) for s in stops if s in body]
+    reason: dict[str, Any] = {"type": "length"}
+    if ends:
+        ids = ids[: min(ends)]
+        text = bytes(ids).decode()
+        reason = {"type": "stop", "matched": next(s for s in stops if s in text)}
+    elif end == "stop":
+        ids, reason = [*ids, EOS], {"type": "stop", "matched": EOS}
+    if not ids:
+        return
+    params = SamplingParams(stop=tuple(stops), no_stop_trim=no_trim)
+    output, parts = OutputText(tokenizer, params), []
+    chunks = pieces(ids, cuts)
+    for i, piece in enumerate(chunks):
+        parts.append(output.feed(piece, reason if i == len(chunks) - 1 else None))
+    assert "".join(parts) == reference(tokenizer, ids, params, reason)
+
+
+def test_stop_token_is_trimmed_and_kept(tokenizer: Any) -> None:
+    reason = {"type": "stop", "matched": ord("b")}
+    assert OutputText(tokenizer, SamplingParams()).feed(list(b"ab"), reason) == "a"
+    assert OutputText(tokenizer, SamplingParams(no_stop_trim=True)).feed(list(b"ab"), reason) == "ab"
