@@ -6,7 +6,7 @@ The Triton kernels run on a GPU (`-m gpu`), or on the CPU in Triton's interprete
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ IMPLEMENTATIONS = [
 ]
 
 
-def implementation(name: str) -> tuple[SparseAttentionOps, str]:
+def implementation(name: str, dtype: torch.dtype = torch.float32) -> tuple[SparseAttentionOps, str]:
+    if name == "triton" and INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies bfloat16 as if its bits were integers")
     device = "cuda" if name == "torch_cuda" else DEVICE[name]
     return select_attention_ops(name.removesuffix("_cuda"), torch.device(device), "tests"), device
 
@@ -41,7 +43,7 @@ class SelectCase:
     table_rows: list[int] | None = None
     dtype: torch.dtype = torch.float32
     values: int = 4  # integers of -values..values: every sum is exact, and ties abound
-    seed: int = field(default=0)
+    seed: int = 0
 
 
 SELECT_CASES = [
@@ -84,6 +86,10 @@ class SelectInputs:
 def select_inputs(case: SelectCase) -> SelectInputs:
     """Integer-valued inputs. Dead columns hold absurd slots, unused slots (slot 0 too) hold NaN."""
     g = torch.Generator().manual_seed(case.seed)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-case.values, case.values + 1, shape, generator=g).to(case.dtype)
+
     rows = len(case.lengths)
     owners = case.table_rows or list(range(rows))
     live = [0] * (max(owners) + 1)
@@ -96,11 +102,9 @@ def select_inputs(case: SelectCase) -> SelectInputs:
     for owner, length in enumerate(live):
         own = slots[start : start + length]
         page_table[owner, :length] = own.int()
-        keys[own] = torch.randint(-case.values, case.values + 1, (length, case.dim), generator=g).to(
-            case.dtype
-        )
+        keys[own] = integers(length, case.dim)
         start += length
-    q = torch.randint(-case.values, case.values + 1, (rows, case.heads, case.dim), generator=g).to(case.dtype)
+    q = integers(rows, case.heads, case.dim)
     weights = torch.randint(-2, 3, (rows, case.heads), generator=g).float()
     table_rows = None if case.table_rows is None else torch.tensor(case.table_rows)
     return SelectInputs(q, weights, keys, page_table, table_rows, torch.tensor(case.lengths).int())
@@ -119,7 +123,7 @@ def plain_select(inputs: SelectInputs, topk: int) -> torch.Tensor:
 
 
 def check_select(case: SelectCase, name: str) -> None:
-    ops, device = implementation(name)
+    ops, device = implementation(name, case.dtype)
     inputs = select_inputs(case)
     for width in {max([1, *case.lengths]), case.columns}:
         slots = ops.select_topk(*inputs.on(device), case.topk, width)
@@ -222,7 +226,7 @@ def plain_attend(q_nope, q_rope, kv, slots, scale: float) -> torch.Tensor:
 
 
 def check_attend(case: AttendCase, name: str) -> None:
-    ops, device = implementation(name)
+    ops, device = implementation(name, case.dtype)
     inputs = attend_inputs(case)
     out = ops.sparse_mla(*(t.to(device) for t in inputs), 0.17).cpu()
     assert out.dtype == case.dtype
