@@ -23,15 +23,15 @@ void prepare(int32_t device_index) {
   load_generate_kernel();
 }
 
-// 2,048 resident threads per SM; asked once per device.
+// Asked once per device.
 int32_t resident_blocks(int32_t device_index) {
   static std::atomic<int32_t> known[64];
-  if (device_index < 0 || device_index >= 64) return 1024;
+  if (device_index < 0 || device_index >= 64) return 132 * kBlocksPerSm;
   int32_t blocks = known[device_index].load(std::memory_order_relaxed);
   if (blocks == 0) {
     int sms = 0;
     check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device_index), "counting SMs");
-    blocks = sms * (2048 / kCopyThreads);
+    blocks = sms * kBlocksPerSm;
     known[device_index].store(blocks, std::memory_order_relaxed);
   }
   return blocks;
@@ -42,7 +42,7 @@ void launch_copy(const CopyParams& params, int32_t device_index) {
   if (params.num_tiles == 0) return;
   const DeviceScope scope(device_index);
   const uint32_t blocks = std::min(params.num_tiles, static_cast<uint32_t>(resident_blocks(device_index)));
-  fused_metadata_copy_kernel<<<blocks, kCopyThreads, 0, current_stream(device_index)>>>(params);
+  fused_metadata_copy_kernel<<<blocks, kBlockThreads, 0, current_stream(device_index)>>>(params);
   check_cuda(cudaGetLastError(), "launch of fused_metadata_copy_kernel");
 }
 

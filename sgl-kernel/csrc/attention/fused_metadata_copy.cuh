@@ -4,11 +4,12 @@
 
 #include <cstdint>
 
+#include "backend.h"
+
 namespace sgl_kernel {
 
 constexpr int kMaxCopyRegions = 12;    // regions in one launch
 constexpr int kMaxCopySlots = 208;     // (region, destination) pairs in one launch: 16 destinations of 13 regions
-constexpr int kCopyThreads = 256;      // threads of a block; a block moves one tile at a time
 constexpr int kCopyBytesPerThread = 16;
 
 // One destination of one region.
@@ -17,7 +18,7 @@ struct CopySlot {
   int64_t stride;  // bytes between rows
 };
 
-// Live extent of one region in one launch. A tile is (kCopyThreads >> log2_lanes) rows x (16 << log2_lanes) bytes, so
+// Live extent of one region in one launch. A tile is (kBlockThreads >> log2_lanes) rows x (16 << log2_lanes) bytes, so
 // narrow rows share a block and wide rows take several.
 struct CopyRegion {
   const char* src;
@@ -47,10 +48,10 @@ inline uint64_t set_copy_extent(CopyRegion& region, int64_t rows, int64_t row_by
   region.row_bytes = row_bytes;
   const int64_t lanes_wanted = (row_bytes + kCopyBytesPerThread - 1) / kCopyBytesPerThread;
   int log2_lanes = 0;
-  while ((int64_t{1} << log2_lanes) < lanes_wanted && (1 << log2_lanes) < kCopyThreads) ++log2_lanes;
+  while ((int64_t{1} << log2_lanes) < lanes_wanted && (1 << log2_lanes) < kBlockThreads) ++log2_lanes;
   region.log2_lanes = static_cast<uint8_t>(log2_lanes);
   const int64_t tile_bytes = int64_t{kCopyBytesPerThread} << log2_lanes;
-  const int64_t tile_rows = kCopyThreads >> log2_lanes;
+  const int64_t tile_rows = kBlockThreads >> log2_lanes;
   const uint64_t row_tiles = static_cast<uint64_t>((row_bytes + tile_bytes - 1) / tile_bytes);
   region.row_tiles = static_cast<uint32_t>(row_tiles);
   return row_tiles * static_cast<uint64_t>((rows + tile_rows - 1) / tile_rows);
@@ -58,59 +59,53 @@ inline uint64_t set_copy_extent(CopyRegion& region, int64_t rows, int64_t row_by
 
 #if defined(__CUDACC__)
 
-// Copies what this thread owns of one tile: up to 16 bytes of one row, to every destination of the region.
+// Copies what this thread owns of one tile, up to 16 bytes of one row, to every destination of the region. Inside a
+// tile 32-bit offsets suffice; where the tile lies takes 64.
 template <typename Unit>
 __device__ __forceinline__ void copy_tile(const CopyParams& params, const CopyRegion& region, uint32_t tile) {
-  constexpr int kUnits = kCopyBytesPerThread / sizeof(Unit);
-  const uint32_t lanes = 1u << region.log2_lanes;
-  const uint32_t lane = threadIdx.x & (lanes - 1);
+  constexpr int kSize = sizeof(Unit);
+  constexpr int kBatch = kSize >= 4 ? kCopyBytesPerThread / kSize : 4;  // loads in flight
+  const int lanes = 1 << region.log2_lanes;
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const uint32_t tile_row = tile / region.row_tiles;
-  const uint32_t tile_col = tile - tile_row * region.row_tiles;
-  const int64_t row = static_cast<int64_t>(tile_row) * (kCopyThreads >> region.log2_lanes) +
+  const int64_t row = static_cast<int64_t>(tile_row) * (kBlockThreads >> region.log2_lanes) +
                       (threadIdx.x >> region.log2_lanes);
   if (row >= region.rows) return;
+  const int64_t begin = static_cast<int64_t>(tile - tile_row * region.row_tiles) * (lanes * kCopyBytesPerThread);
+  const int64_t left = region.row_bytes - begin;
+  const int bytes = left < lanes * kCopyBytesPerThread ? static_cast<int>(left) : lanes * kCopyBytesPerThread;
+  const int whole = bytes / kSize;  // my units: lane, lane + lanes, ... below `whole`
 
-  const char* const src = region.src + row * region.src_stride;
-  const int64_t whole_units = region.row_bytes / static_cast<int64_t>(sizeof(Unit));
-  const int64_t first = static_cast<int64_t>(tile_col) * lanes * kUnits + lane;  // my units: first + k * lanes
-
-  Unit value[kUnits];
+  const char* const src = region.src + row * region.src_stride + begin;
+#pragma unroll 1
+  for (int first = lane; first < whole; first += kBatch * lanes) {
+    Unit value[kBatch];
 #pragma unroll
-  for (int k = 0; k < kUnits; ++k) {
-    const int64_t unit = first + k * static_cast<int64_t>(lanes);
-    if (unit < whole_units) value[k] = __ldg(reinterpret_cast<const Unit*>(src) + unit);
+    for (int k = 0; k < kBatch; ++k) {
+      if (first + k * lanes < whole) value[k] = __ldg(reinterpret_cast<const Unit*>(src) + first + k * lanes);
+    }
+    for (uint32_t s = region.slot_begin; s < region.slot_end; ++s) {
+      Unit* const dst = reinterpret_cast<Unit*>(params.slots[s].data + row * params.slots[s].stride + begin);
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (first + k * lanes < whole) dst[first + k * lanes] = value[k];
+      }
+    }
   }
+
+  // Fewer bytes than a unit may remain at the end of a row; the last lane takes them.
+  if (whole * kSize == bytes || lane != lanes - 1) return;
   for (uint32_t s = region.slot_begin; s < region.slot_end; ++s) {
-    char* const dst = params.slots[s].data + row * params.slots[s].stride;
-#pragma unroll
-    for (int k = 0; k < kUnits; ++k) {
-      const int64_t unit = first + k * static_cast<int64_t>(lanes);
-      if (unit < whole_units) reinterpret_cast<Unit*>(dst)[unit] = value[k];
+    char* const dst = params.slots[s].data + row * params.slots[s].stride + begin;
+    int offset = whole * kSize;
+    for (; offset + 4 <= bytes; offset += 4) {
+      *reinterpret_cast<uint32_t*>(dst + offset) = __ldg(reinterpret_cast<const uint32_t*>(src + offset));
     }
-  }
-
-  // The bytes past the last whole unit belong to the thread whose next unit would hold them.
-  if constexpr (sizeof(Unit) > 1) {
-    const int64_t past = whole_units - first;
-    const bool mine = past >= 0 && past % lanes == 0 && past / lanes < kUnits;
-    int64_t offset = whole_units * static_cast<int64_t>(sizeof(Unit));
-    if (!mine || offset == region.row_bytes) return;
-    for (; offset + 4 <= region.row_bytes; offset += 4) {
-      const uint32_t word = *reinterpret_cast<const uint32_t*>(src + offset);
-      for (uint32_t s = region.slot_begin; s < region.slot_end; ++s) {
-        *reinterpret_cast<uint32_t*>(params.slots[s].data + row * params.slots[s].stride + offset) = word;
-      }
-    }
-    for (; offset < region.row_bytes; ++offset) {
-      const char byte = src[offset];
-      for (uint32_t s = region.slot_begin; s < region.slot_end; ++s) {
-        params.slots[s].data[row * params.slots[s].stride + offset] = byte;
-      }
-    }
+    for (; offset < bytes; ++offset) dst[offset] = src[offset];
   }
 }
 
-__global__ void __launch_bounds__(kCopyThreads)
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerSm)
 fused_metadata_copy_kernel(const __grid_constant__ CopyParams params) {
   for (uint32_t tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
     uint32_t r = 0, begin = 0;  // regions are sorted, largest first: the scan is short for most tiles

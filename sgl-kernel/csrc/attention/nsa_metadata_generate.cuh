@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "backend.h"
+
 #if defined(__CUDACC__)
 #define SGLK_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -13,9 +15,8 @@
 namespace sgl_kernel {
 
 constexpr int kMaxGenerateDestinations = 32;  // destinations in one launch
-constexpr int kGenerateThreads = 256;
 constexpr int kColumnsPerThread = 4;
-constexpr int kColumnsPerBlock = kGenerateThreads * kColumnsPerThread;
+constexpr int kColumnsPerBlock = kBlockThreads * kColumnsPerThread;
 
 enum class Mode : int32_t { kDecode = 0, kTargetVerify = 1, kDraftExtend = 2 };
 
@@ -134,7 +135,7 @@ __device__ __forceinline__ Sums operator+(Sums a, Sums b) { return {a.rows + b.r
 
 // Exclusive prefix sum over the threads of the block.
 __device__ __forceinline__ Sums block_exclusive_sum(Sums mine) {
-  constexpr int kWarps = kGenerateThreads / 32;
+  constexpr int kWarps = kBlockThreads / 32;
   __shared__ Sums warp_total[kWarps];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   Sums inclusive = mine;
@@ -158,7 +159,7 @@ __device__ __forceinline__ Sums block_exclusive_sum(Sums mine) {
 // One block writes all vectors of one destination. Each thread owns consecutive requests: it sums them, learns what
 // lies before them, and walks them again to write.
 __device__ __forceinline__ void write_vectors(const GenerateParams& p, const GenerateVectors& out) {
-  const int32_t per_thread = (p.bs + kGenerateThreads - 1) / kGenerateThreads;
+  const int32_t per_thread = (p.bs + kBlockThreads - 1) / kBlockThreads;
   const int32_t begin = min(static_cast<int32_t>(threadIdx.x) * per_thread, p.bs);
   const int32_t end = min(begin + per_thread, p.bs);
 
@@ -199,7 +200,7 @@ __device__ __forceinline__ uint32_t packed_row(const GenerateParams& p, int32_t 
   if (threadIdx.x == 0) total = 0;
   __syncthreads();
   uint32_t mine = 0;
-  for (int32_t k = threadIdx.x; k < i; k += kGenerateThreads) mine += accept_len(p, k);
+  for (int32_t k = threadIdx.x; k < i; k += kBlockThreads) mine += accept_len(p, k);
   mine = __reduce_add_sync(~0u, mine);
   if ((threadIdx.x & 31) == 0) atomicAdd(&total, mine);
   __syncthreads();
@@ -219,13 +220,13 @@ __device__ __forceinline__ void write_tables(const GenerateParams& p, int32_t i,
 
   const int32_t* const tokens = token_row(p, i);
   const int64_t row0 = p.packed ? packed_row(p, i) : static_cast<int64_t>(i) * p.rows_per_req;
-  constexpr int32_t kStep = kAligned ? 1 : kGenerateThreads;  // between the columns of one thread
+  constexpr int32_t kStep = kAligned ? 1 : kBlockThreads;  // between the columns of one thread
 
   for (int64_t block = col_block; block * kColumnsPerBlock < bound; block += p.col_blocks) {
     const int32_t col0 = static_cast<int32_t>(block * kColumnsPerBlock) +
                          static_cast<int32_t>(threadIdx.x) * (kAligned ? kColumnsPerThread : 1);
     if (col0 >= bound) continue;
-    int32_t token[kColumnsPerThread], page[kColumnsPerThread];  // page: -1 where no page starts
+    int32_t token[kColumnsPerThread];
     if (kAligned && col0 + kColumnsPerThread <= bound) {
       const int4 four = __ldg(reinterpret_cast<const int4*>(tokens + col0));
       token[0] = four.x, token[1] = four.y, token[2] = four.z, token[3] = four.w;
@@ -235,11 +236,11 @@ __device__ __forceinline__ void write_tables(const GenerateParams& p, int32_t i,
         if (col0 + k * kStep < bound) token[k] = __ldg(tokens + col0 + k * kStep);
       }
     }
+    uint32_t page_starts = 0;  // bit k: a page starts at my column k
 #pragma unroll
     for (int k = 0; k < kColumnsPerThread; ++k) {
       const int32_t col = col0 + k * kStep;
-      page[k] = page_of_column(p, col);
-      if (page[k] * p.page_size != col || col >= bound) page[k] = -1;
+      if (col < bound && page_of_column(p, col) * p.page_size == col) page_starts |= 1u << k;
     }
 
     for (int32_t t = 0; t < p.num_tables; ++t) {
@@ -257,12 +258,12 @@ __device__ __forceinline__ void write_tables(const GenerateParams& p, int32_t i,
             if (col0 + k * kStep < live) row[col0 + k * kStep] = token[k];
           }
         }
-        if (table.real_page_table == nullptr) continue;
+        if (page_starts == 0 || table.real_page_table == nullptr) continue;
+        int32_t* const pages = table.real_page_table + (row0 + j) * table.stride2;
 #pragma unroll
         for (int k = 0; k < kColumnsPerThread; ++k) {
-          if (page[k] >= 0 && page[k] < table.width2 && col0 + k * kStep < len) {
-            table.real_page_table[(row0 + j) * table.stride2 + page[k]] = page_of_token(p, token[k]);
-          }
+          const int32_t col = col0 + k * kStep, page = page_of_column(p, col);
+          if ((page_starts >> k & 1) && page < table.width2 && col < len) pages[page] = page_of_token(p, token[k]);
         }
       }
     }
@@ -271,7 +272,7 @@ __device__ __forceinline__ void write_tables(const GenerateParams& p, int32_t i,
 
 // Grid: num_vectors blocks for the vectors, then bs x col_blocks blocks for the tables. It depends on the plan alone,
 // so that the launch can be captured; blocks past a request's length leave at once.
-__global__ void __launch_bounds__(kGenerateThreads)
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerSm)
 nsa_metadata_generate_kernel(const __grid_constant__ GenerateParams params) {
   const int32_t num_vectors = params.num_vectors;
   if (static_cast<int32_t>(blockIdx.x) < num_vectors) {

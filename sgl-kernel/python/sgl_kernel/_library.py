@@ -93,6 +93,7 @@ def _load_file(device_type: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"sgl_kernel: {path} does not load under torch {torch.__version__}: {error}"
+        reason = error.__cause__ or error  # torch wraps the dynamic linker's own words
+        return f"sgl_kernel: {path} does not load under torch {torch.__version__}: {reason}"
     logger.debug("loaded %s", path)
     return None
