@@ -1,0 +1,1 @@
+"""Parts of ``scripts/train_tiny_nsa.py``: text, model, training phases, measurements, export."""

@@ -1,0 +1,206 @@
+"""The training: five phases, each with a share of the time budget."""
+
+import logging
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import Crops
+from .evaluate import bits_per_byte, generate
+from .model import MoE, TinyNSA
+
+logger = logging.getLogger(__name__)
+
+BALANCE_RATE = 1e-3  # step of the experts' selection bias, DeepSeek-V3 report 4.2
+DRAFT_STEPS = 4
+MTP_WEIGHT = 0.3  # of the MTP layer's first step while the main model trains, as in the DeepSeek-V3 report
+COMPILE_STEPS = 4  # the first steps compile; a phase's time counts from there
+TEMPERATURE = 0.5  # of the text that the model writes
+WRITING_ROUNDS = 2  # how often the model writes new text for the last phase
+WARM_STEPS = 50  # steps over which a phase's learning rate rises
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str
+    share: float  # of the seconds
+    length: int  # tokens per window
+    batch: int
+    lr: float
+    end: float  # final learning rate / lr
+    trains: str  # "all", "indexer" (of every layer) or "nextn"
+
+
+PHASES = (
+    Phase("dense", 0.34, 2048, 32, 3e-3, 0.1, "all"),
+    Phase("warmup", 0.05, 2048, 8, 2e-3, 0.2, "indexer"),
+    Phase("sparse", 0.23, 4096, 4, 5e-4, 0.02, "all"),
+    Phase("mtp", 0.22, 2048, 8, 1.5e-3, 0.5, "nextn"),
+    Phase("on_policy", 0.16, 2048, 8, 7.5e-4, 0.02, "nextn"),
+)
+
+
+def quick_phases() -> tuple[Phase, ...]:
+    return tuple(replace(p, length=p.length // 32, batch=4) for p in PHASES)
+
+
+def learning_rate(phase: Phase, step: int, elapsed: float) -> float:
+    """A short rise by steps, then a cosine over the phase's time (``elapsed``, 0..1)."""
+    cosine = phase.end + (1 - phase.end) * 0.5 * (1 + math.cos(math.pi * min(elapsed, 1.0)))
+    return phase.lr * min(1.0, (step + 1) / WARM_STEPS) * cosine
+
+
+class Trainer:
+    """Runs the phases over one model and keeps what happened in ``history`` and ``steps``."""
+
+    def __init__(
+        self, model: TinyNSA, crops: Crops, held_out: Tensor, sizes: Tensor, phases: tuple[Phase, ...], seconds: float
+    ) -> None:
+        self.model, self.crops, self.held_out, self.sizes = model, crops, held_out, sizes
+        self.phases, self.seconds = phases, seconds
+        self.device = held_out.device
+        self.history: list[dict[str, float | str]] = []  # one point: phase, second, loss, further figures
+        self.steps: dict[str, dict[str, float]] = {}
+        self.written: list[Tensor] = []  # rounds of text that the model wrote, for the last phase
+        self.began = time.monotonic()
+
+    def autocast(self) -> AbstractContextManager:
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return nullcontext()
+
+    def trained(self, phase: Phase) -> list[torch.nn.Parameter]:
+        """The phase's parameters; every other one is frozen."""
+        chosen = []
+        for name, weight in self.model.named_parameters():
+            mine = {"all": True, "indexer": ".indexer." in name, "nextn": name.startswith("nextn.")}[phase.trains]
+            weight.requires_grad_(mine)
+            if mine:
+                chosen.append(weight)
+        return chosen
+
+    def run(self) -> None:
+        for phase in self.phases:
+            self.run_phase(phase)
+
+    def run_phase(self, phase: Phase) -> None:
+        weights = self.trained(phase)
+        groups = [
+            {"params": [w for w in weights if w.dim() == 2], "weight_decay": 0.1},
+            {"params": [w for w in weights if w.dim() != 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=self.device.type == "cuda")
+        budget, began, step, measured = phase.share * self.seconds, time.monotonic(), 0, 0
+        bar = tqdm(total=round(budget), desc=phase.name, unit="s", mininterval=2.0)
+        while step < COMPILE_STEPS or (elapsed := (time.monotonic() - began) / budget) < 1.0:
+            if step < COMPILE_STEPS:
+                began, elapsed = time.monotonic(), 0.0
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(phase, step, elapsed)
+            loss, figures = self.loss(phase, step, elapsed)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % 10 == 0:
+                self.note(phase, step, {"loss": loss.item(), **{k: v.item() for k, v in figures.items()}}, bar, began)
+            if phase.trains == "all" and elapsed > (measured + 1) / 6:
+                measured += 1
+                self.note(phase, step, {"held_out": self.measure(phase)}, bar, began)
+            step += 1
+        bar.close()
+        seconds = time.monotonic() - began
+        tokens = step * phase.batch * phase.length
+        self.steps[phase.name] = {"steps": step, "tokens": tokens, "seconds": round(seconds, 1)}
+        logger.info("%s: %d steps, %.1f M tokens, %.0f s", phase.name, step, tokens / 1e6, seconds)
+
+    def note(self, phase: Phase, step: int, figures: dict[str, float], bar: tqdm, began: float) -> None:
+        if not all(math.isfinite(value) for value in figures.values()):
+            raise FloatingPointError(f"{phase.name}, step {step}: {figures}")
+        second = time.monotonic() - self.began
+        self.history.append({"phase": phase.name, "step": step, "second": round(second, 2), **figures})
+        bar.set_postfix({"step": step, **{k: f"{v:.3f}" for k, v in figures.items()}}, refresh=False)
+        bar.update(min(round(time.monotonic() - began), bar.total) - bar.n)
+
+    def measure(self, phase: Phase) -> float:
+        mode = "sparse" if phase.name == "sparse" else "dense"
+        with torch.compiler.set_stance("force_eager"), self.autocast():
+            return bits_per_byte(self.model, self.held_out, self.sizes, self.phases[0].length, mode, windows=24)
+
+    def loss(self, phase: Phase, step: int, elapsed: float) -> tuple[Tensor, dict[str, Tensor]]:
+        if phase.name == "warmup":  # too short to be worth compiling
+            with torch.compiler.set_stance("force_eager"), self.autocast():
+                return self.warmup_loss(self.crops.draw(phase.batch, phase.length + 1))
+        if phase.trains == "all":
+            return self.main_loss(self.crops.draw(phase.batch, phase.length + 1), phase.name)
+        rule = "step" if step % 3 else "committed"
+        if phase.name == "on_policy" and step % 4:
+            return self.nextn_loss(self.on_policy(phase, elapsed), rule, skip=phase.length // 2 - 1)
+        return self.nextn_loss(self.crops.draw(phase.batch, phase.length), rule)
+
+    def warmup_loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every indexer's distance from its layer's dense attention. # tokens [b, t + 1], int64"""
+        hidden, main, _ = self.model(tokens[:, :-1], "warmup")
+        _, nextn, _ = self.model.draft(hidden, tokens, 1, "step", mode="warmup")
+        return main + nextn, {"index": main.detach(), "index_mtp": nextn.detach()}
+
+    def main_loss(self, tokens: Tensor, mode: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Next token, the MTP layer's first step, and the indexers where they run. # tokens [b, t + 1], int64"""
+        with self.autocast():
+            hidden, index, loads = self.model(tokens[:, :-1], mode)
+            logits = self.model.lm_head(hidden)
+            (after_next,), index_mtp, loads_mtp = self.model.draft(hidden, tokens, 1, "step", mode=mode)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        nats_mtp = F.cross_entropy(after_next[:, :-1].flatten(0, 1).float(), tokens[:, 2:].flatten())
+        layers = [*self.model.layers, self.model.nextn.layer]
+        balance([layer.mlp for layer in layers if isinstance(layer.mlp, MoE)], loads + loads_mtp)
+        figures = {"nats": nats.detach(), "nats_mtp": nats_mtp.detach(), "index": index.detach()}
+        return nats + MTP_WEIGHT * nats_mtp + index + index_mtp, figures
+
+    def nextn_loss(self, tokens: Tensor, rule: str, skip: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Distance of the drafts from the target's own predictions, over ``DRAFT_STEPS`` steps.
+
+        Half cross entropy with the target's greedy choice, which is what gets accepted, half with its distribution.
+        Rows below ``skip`` do not count. # tokens [b, t], int64
+        """
+        with self.autocast():
+            with torch.no_grad():
+                hidden, _, _ = self.model(tokens, "sparse")
+                teacher = self.model.lm_head(hidden).float()
+            drafts, index, loads = self.model.draft(hidden, tokens, DRAFT_STEPS, rule)
+        soft, greedy = teacher.softmax(-1), teacher.argmax(-1)
+        total, agree = index, []
+        for k, logits in enumerate(drafts, start=1):
+            mine = logits[:, skip : tokens.shape[1] - k].float().flatten(0, 1)
+            theirs = greedy[:, skip + k :].flatten()
+            hard_loss = F.cross_entropy(mine, theirs)
+            soft_loss = F.cross_entropy(mine, soft[:, skip + k :].flatten(0, 1))
+            total = total + (hard_loss + soft_loss) / (2 * DRAFT_STEPS)
+            agree.append((mine.argmax(-1) == theirs).float().mean())
+        balance([self.model.nextn.layer.mlp], [torch.stack(loads).mean(0)])
+        return total, {"agree_1": agree[0], f"agree_{DRAFT_STEPS}": agree[-1], "index": index.detach()}
+
+    def on_policy(self, phase: Phase, elapsed: float) -> Tensor:
+        """Windows whose second half the model wrote itself: what drafts meet in use.  # [batch, length], int64"""
+        if elapsed >= len(self.written) / WRITING_ROUNDS:
+            many = 32 * phase.batch if self.device.type == "cuda" else phase.batch
+            half = phase.length // 2
+            with self.autocast(), torch.compiler.set_stance("force_eager"):
+                prompts = self.crops.draw(many, half)
+                self.written.append(generate(self.model, prompts, phase.length - half, TEMPERATURE))
+        pool = torch.cat(self.written)
+        pick = torch.randint(len(pool), (phase.batch,), generator=self.crops.generator)
+        return pool[pick.to(self.device)]
+
+
+@torch.no_grad()
+def balance(mixtures: list[MoE], loads: list[Tensor]) -> None:
+    """Moves each expert's selection bias one step against its load."""
+    for moe, load in zip(mixtures, loads, strict=True):
+        moe.gate.e_score_correction_bias.add_(BALANCE_RATE * (load.mean() - load).sign())
