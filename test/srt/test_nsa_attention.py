@@ -6,16 +6,16 @@ The Triton kernels run on a GPU (`-m gpu`), or on the CPU in Triton's interprete
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from sglang.srt.layers.attention.nsa import indexer, sparse_mla
 from sglang.srt.layers.attention.nsa.indexer import topk_by_position
-from sglang.srt.layers.attention.registry import SparseAttentionOps, select_attention_ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = {"torch": "cpu", "triton": "cpu" if INTERPRETED else "cuda"}
+DEVICE = {"torch": "cpu", "torch_cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}
 IMPLEMENTATIONS = [
     "torch",
     pytest.param("torch_cuda", marks=pytest.mark.gpu),
@@ -23,11 +23,23 @@ IMPLEMENTATIONS = [
 ]
 
 
-def implementation(name: str, dtype: torch.dtype = torch.float32) -> tuple[SparseAttentionOps, str]:
-    if name == "triton" and INTERPRETED and dtype == torch.bfloat16:
+@dataclass(frozen=True)
+class Implementation:
+    """The two functions under test, and where to run them."""
+
+    select_topk: Callable[..., torch.Tensor]
+    sparse_mla: Callable[..., torch.Tensor]
+    device: str
+
+
+def implementation(name: str, dtype: torch.dtype = torch.float32) -> Implementation:
+    if name != "triton":
+        return Implementation(indexer.select_topk, sparse_mla.sparse_mla, DEVICE[name])
+    if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies bfloat16 as if its bits were integers")
-    device = "cuda" if name == "torch_cuda" else DEVICE[name]
-    return select_attention_ops(name.removesuffix("_cuda"), torch.device(device), "tests"), device
+    from sglang.srt.layers.attention.nsa import indexer_triton, sparse_mla_triton
+
+    return Implementation(indexer_triton.select_topk, sparse_mla_triton.sparse_mla, DEVICE[name])
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class SelectInputs:
     lengths: torch.Tensor
 
     def on(self, device: str) -> tuple:
-        return tuple(None if t is None else t.to(device) for t in vars(self).values())
+        return tuple(None if t is None else t.to(ops.device) for t in vars(self).values())
 
 
 def select_inputs(case: SelectCase) -> SelectInputs:
@@ -123,10 +135,10 @@ def plain_select(inputs: SelectInputs, topk: int) -> torch.Tensor:
 
 
 def check_select(case: SelectCase, name: str) -> None:
-    ops, device = implementation(name, case.dtype)
+    ops = implementation(name, case.dtype)
     inputs = select_inputs(case)
     for width in {max([1, *case.lengths]), case.columns}:
-        slots = ops.select_topk(*inputs.on(device), case.topk, width)
+        slots = ops.select_topk(*inputs.on(ops.device), case.topk, width)
         assert slots.dtype == torch.int32
         assert torch.equal(slots.cpu(), plain_select(inputs, case.topk))
 
@@ -145,7 +157,7 @@ def test_select_topk_at_deepseeks_size(case: SelectCase) -> None:
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_select_topk_in_chunks_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ops, _ = implementation(name)
+    ops = implementation(name)
     monkeypatch.setitem(ops.select_topk.__globals__, "CHUNK_ELEMENTS", 200)
     for case in SELECT_CASES[:1] + SELECT_CASES[4:5]:
         check_select(case, name)
@@ -153,8 +165,8 @@ def test_select_topk_in_chunks_of_rows(name: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_select_topk_without_rows_or_columns(name: str) -> None:
-    ops, device = implementation(name)
-    inputs = select_inputs(SelectCase("", [0, 0], columns=5)).on(device)
+    ops = implementation(name)
+    inputs = select_inputs(SelectCase("", [0, 0], columns=5)).on(ops.device)
     assert (ops.select_topk(*inputs, 3, 0) == -1).all()
     none = [t if t is None or i == 2 else t[:0] for i, t in enumerate(inputs)]
     assert ops.select_topk(*none, 3, 5).shape == (0, 3)
@@ -226,9 +238,9 @@ def plain_attend(q_nope, q_rope, kv, slots, scale: float) -> torch.Tensor:
 
 
 def check_attend(case: AttendCase, name: str) -> None:
-    ops, device = implementation(name, case.dtype)
+    ops = implementation(name, case.dtype)
     inputs = attend_inputs(case)
-    out = ops.sparse_mla(*(t.to(device) for t in inputs), 0.17).cpu()
+    out = ops.sparse_mla(*(t.to(ops.device) for t in inputs), 0.17).cpu()
     assert out.dtype == case.dtype
     expected = plain_attend(*inputs, 0.17)
     tolerance = 1e-5 if case.dtype == torch.float32 else 2e-2
@@ -251,8 +263,8 @@ def test_sparse_mla_at_deepseeks_size(case: AttendCase) -> None:
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_sparse_mla_without_rows(name: str) -> None:
-    ops, device = implementation(name)
-    q_nope, q_rope, kv, slots = (t.to(device) for t in attend_inputs(ATTEND_CASES[0]))
+    ops = implementation(name)
+    q_nope, q_rope, kv, slots = (t.to(ops.device) for t in attend_inputs(ATTEND_CASES[0]))
     assert ops.sparse_mla(q_nope[:0], q_rope[:0], kv, slots[:0], 1.0).shape == (0, 8, 64)
 
 
@@ -271,7 +283,8 @@ def test_extreme_scores_do_not_overflow() -> None:
 @pytest.mark.gpu
 def test_captured_in_a_cuda_graph_with_lengths_changed_between_replays() -> None:
     """One capture serves rows that grow, shrink and go idle; nothing waits for the host."""
-    ops, device = implementation("triton")
+    ops = implementation("triton")
+    device = ops.device
     lengths_of_replays = [[1, 1, 1, 1], [80, 17, 3, 0], [16, 80, 1, 1], [0, 0, 0, 0], [80, 80, 80, 80]]
     static = select_inputs(SelectCase("", [80, 80, 80, 80])).on(device)
     generator = torch.Generator(device).manual_seed(0)

@@ -46,15 +46,18 @@ def _scores_kernel(
         columns = first + tl.arange(0, BLOCK_N)
         live = columns < length
         h = tl.arange(0, BLOCK_H)
-        d = tl.arange(0, BLOCK_D)
         slots = tl.load(page_table + table_row * table_stride + columns, mask=live, other=0).to(tl.int64)
-        k_at = index_k + slots[:, None] * k_stride + d[None, :]
-        k = tl.load(k_at, mask=live[:, None] & (d < dim)[None, :], other=0.0)  # [N, D]
-        q_at = q_index + row * q_stride_t + h[None, :] * q_stride_h + d[:, None]
-        q = tl.load(q_at, mask=(h < heads)[None, :] & (d < dim)[:, None], other=0.0)  # [D, H]
+        per_head = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
+        for start in range(0, dim, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            k_at = index_k + slots[:, None] * k_stride + d[None, :]
+            k = tl.load(k_at, mask=live[:, None] & (d < dim)[None, :], other=0.0)  # [N, D]
+            q_at = q_index + row * q_stride_t + h[None, :] * q_stride_h + d[:, None]
+            q = tl.load(q_at, mask=(h < heads)[None, :] & (d < dim)[:, None], other=0.0)  # [D, H]
+            per_head = tl.dot(k, q, per_head, input_precision="ieee")
         w = tl.load(index_weights + row * weights_stride + h, mask=h < heads, other=0.0)  # [H]
-        per_head = tl.maximum(tl.dot(k, q, input_precision="ieee"), 0.0)  # [N, H], float32
-        tl.store(scores + row * width + columns, tl.sum(per_head * w[None, :], axis=1), mask=live)
+        per_head = tl.maximum(per_head, 0.0) * w[None, :]
+        tl.store(scores + row * width + columns, tl.sum(per_head, axis=1), mask=live)
 
 
 @triton.jit
@@ -147,7 +150,9 @@ def select_topk(
         return slots.fill_(-1)
     step = max(1, CHUNK_ELEMENTS // width)
     scores = torch.empty((min(rows, step), width), dtype=torch.float32, device=q_index.device)
-    block_n = 64 if q_index.dtype == torch.bfloat16 else 32  # float32 products need more registers
+    # float32 products are not done by tensor cores: their operands must fit the registers.
+    half = q_index.dtype == torch.bfloat16
+    block_n, max_block_d = (64, 128) if half else (32, 16)
     for first in range(0, rows, step):
         chunk = slice(first, min(first + step, rows))
         count = chunk.stop - chunk.start
@@ -172,7 +177,8 @@ def select_topk(
             table.stride(0),
             BLOCK_N=block_n,
             BLOCK_H=max(16, triton.next_power_of_2(heads)),
-            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            BLOCK_D=min(max_block_d, max(16, triton.next_power_of_2(dim))),
+            num_stages=1,
         )
         _topk_kernel[(count,)](
             scores,
