@@ -5,7 +5,7 @@
 #
 # Uses the machine's own python3 (torch with CUDA, transformers, matplotlib). What else is needed (requirements:
 # fastapi, uvicorn, pyzmq, msgspec, prometheus-client, pytest, hypothesis, httpx, psutil) may lie as wheels in
-# the folder WHEELS (default .whl). STEPS picks parts: build tests sanitize fuzz kernels metadata soak.
+# the folder WHEELS (default .whl); COMMIT names the version where there is no .git. STEPS picks parts: build tests sanitize fuzz kernels metadata soak.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -41,8 +41,8 @@ export PYTHONPATH="$PWD/python:$PWD/sgl-kernel/python${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 "$PYTHON" - >"$OUT_DIR/machine.txt" <<'PY'
-import datetime, platform, subprocess, torch
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+import datetime, os, platform, subprocess, torch
+commit = os.environ.get("COMMIT") or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
 dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
 print("date      ", datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
 print("commit    ", (commit or "unknown (no .git here)") + (" with changes" if dirty else ""))
