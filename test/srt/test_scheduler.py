@@ -333,21 +333,28 @@ def test_flush_needs_an_idle_scheduler() -> None:
 # Memory
 
 
-def test_the_youngest_is_retracted() -> None:
-    harness = Harness(HistoryWorker(num_pages=12))
-    old, young = (
-        harness.send(prompt_of(12, 1), max_new_tokens=30),
-        harness.send(prompt_of(12, 2), max_new_tokens=30),
-    )
+def test_the_youngest_is_retracted_and_comes_back_first() -> None:
+    harness = Harness(HistoryWorker(num_pages=12, max_running_requests=2))
+    old = harness.send(prompt_of(12, 1), max_new_tokens=30)
+    young = harness.send(prompt_of(12, 2), max_new_tokens=30)
+    late = harness.send(prompt_of(2), max_new_tokens=2)
     while not harness.scheduler.num_retractions:
         harness.step()
+        assert late in [req.rid for req in harness.scheduler.waiting]
     assert [req.rid for req in harness.scheduler.running] == [old]
-    assert [req.rid for req in harness.scheduler.waiting] == [young]
-    late = harness.send(prompt_of(2), max_new_tokens=2)
-    harness.step()
     assert [req.rid for req in harness.scheduler.waiting] == [young, late]
     harness.finish()
     assert harness.results[young].output_ids == greedy(prompt_of(12, 2), 30)
+
+
+def test_no_request_is_admitted_onto_the_last_page_of_those_that_run() -> None:
+    harness = Harness(HistoryWorker(num_pages=7))
+    harness.send(prompt_of(14, 1), max_new_tokens=6)  # 4 pages at first, 5 in the end
+    second = harness.send(prompt_of(10, 2))  # 3 pages
+    harness.step(2)
+    assert [req.rid for req in harness.scheduler.waiting] == [second]
+    harness.finish()
+    assert harness.scheduler.num_retractions == 0
 
 
 def test_a_request_may_fill_the_whole_cache() -> None:
