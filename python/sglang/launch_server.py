@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from sglang.srt.server_args import ServerArgs
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up while modules are imported
     args = ServerArgs.from_cli()
     from sglang.srt.entrypoints.http_server import launch_server  # slow to import: after the arguments
 

@@ -274,7 +274,8 @@ def test_flush_cache(server: RunningServer) -> None:
         state = server.internal_state()
         assert state["available_pages"] == state["total_pages"]
         with client.stream("POST", GENERATE, json=LONG | {"stream": True}) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             with server.client() as other:
                 assert other.get("/flush_cache").status_code == 400  # a request is running
 

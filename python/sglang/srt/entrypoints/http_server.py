@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -204,11 +205,19 @@ class StartError(Exception):
     """The server cannot start; the message says why."""
 
 
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM while the server loads. Unwinds, so that no process and no file stays behind."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(signal.Signals(number).name)
+
+
 def launch_server(args: ServerArgs) -> int:
     """Runs the server until a signal ends it. Returns the exit code of the process."""
     configure_logging(args.log_level, "http")
-    # From the first moment on, SIGTERM unwinds like Ctrl-C, so that no process and no file stays behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     scheduler = None
     try:
         envs.validate()
@@ -222,8 +231,8 @@ def launch_server(args: ServerArgs) -> int:
     except (StartError, ValueError) as error:
         logger.error("the server cannot start: %s", error)
         return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        logger.info("interrupted while starting")
+    except Interrupted as error:
+        logger.info("%s while starting: ending", error)
         return 0
     finally:
         if scheduler is not None:
