@@ -1,0 +1,99 @@
+"""nsa_metadata_generate against plain torch, with poison around everything."""
+
+from __future__ import annotations
+
+import pytest
+import sgl_kernel
+import torch
+from metadata_cases import (
+    DECODE,
+    DRAFT_EXTEND,
+    TARGET_VERIFY,
+    DestinationSpec,
+    GenerateCase,
+    GenerateRig,
+    generate_case,
+    huge_table,
+)
+
+LENGTHS = (0, 1, 5, 63, 64, 65, 200, 1)
+MODES = [
+    {"mode": DECODE},
+    {"mode": TARGET_VERIFY, "rows_per_req": 4},
+    {"mode": DRAFT_EXTEND, "rows_per_req": 4},
+    {"mode": DRAFT_EXTEND, "rows_per_req": 4, "packed": True},
+]
+STEPS = {n: tuple(range(1, n + 1)) for n in (1, 3, 7, 16, 32, 33, 70)}
+
+CORRECTNESS = [
+    *[generate_case(bs=6, lengths=LENGTHS, **mode) for mode in MODES],
+    *[generate_case(bs=6, lengths=LENGTHS, offsets=STEPS[3], topk=64, **mode) for mode in MODES],
+    *[generate_case(bs=5, lengths=LENGTHS, page_size=1, **mode) for mode in MODES],
+    *[generate_case(bs=5, lengths=LENGTHS, page_size=3, extra=2, shift=1, **mode) for mode in MODES],
+    *[generate_case(DECODE, 4, LENGTHS, offsets=offsets) for offsets in STEPS.values()],
+    generate_case(DECODE, 5, LENGTHS, real_page_table=False),
+    generate_case(DECODE, 5, LENGTHS, seqlens_expanded=False),
+    generate_case(DECODE, 5, LENGTHS, seq_lens_dtype=torch.int64, req_pool_indices_dtype=torch.int64),
+]
+CORNER = [
+    *[generate_case(bs=bs, lengths=LENGTHS, **mode) for mode in MODES for bs in (0, 1, 33)],
+    *[generate_case(DECODE, 3, (n, 1), page_size=page) for n in (0, 1, 63, 64, 65, 4095) for page in (1, 64)],
+    *[generate_case(bs=4, lengths=(500,), width=100, **mode) for mode in MODES],  # lengths past the tables
+    *[
+        generate_case(bs=6, lengths=(-9, 3, -(2**31), 70), hostile=True, offsets=(-4, 0, 5), **mode)
+        for mode in MODES
+    ],
+    GenerateCase(
+        DECODE, 3, (DestinationSpec(0, 0, None), DestinationSpec(0, 10, 2)), ((9, 80, 100),), token_width=100
+    ),
+    GenerateCase(
+        TARGET_VERIFY,
+        3,
+        (
+            DestinationSpec(1, 100, 2),
+            DestinationSpec(3, shares_tables=True),
+            DestinationSpec(2, shares_tables=True),
+        ),
+        ((9, 80, 100), (50, 0, 90)),
+        rows_per_req=2,
+        token_width=100,
+    ),
+    GenerateCase(DECODE, 4, (), ((1, 2, 3, 4),)),
+]
+PERFORMANCE = [
+    generate_case(DECODE, 2, (131072, 70000), offsets=(0, 1)),
+    generate_case(DECODE, 4096, (7, 3, 0, 9), width=16),
+    generate_case(TARGET_VERIFY, 1500, (7, 3, 0, 9), width=16, rows_per_req=4),
+    generate_case(DRAFT_EXTEND, 1500, (7, 3, 0, 9), width=16, rows_per_req=4, packed=True),
+    generate_case(DECODE, 32, (16384, 9000), offsets=STEPS[3]),
+]
+
+
+@pytest.mark.parametrize("case", CORRECTNESS + CORNER + PERFORMANCE)
+def test_generate(case: GenerateCase, device: str) -> None:
+    rig = GenerateRig(case, device)
+    rig.check()
+    assert rig.plan.launches == -(-len(case.dsts) // 32)
+
+
+def test_tables_four_mebibytes_apart(device: str) -> None:
+    """A page table of 2048 rows x 1,048,576 columns, of which each row uses a few."""
+    rows, width = 2048, 1 << 20
+
+    def vector(size: int, value: int = 0) -> torch.Tensor:
+        return torch.full((size,), value, dtype=torch.int32, device=device)
+
+    with huge_table(rows, width, device) as table:
+        vectors = vector(rows), vector(rows + 1), table, vector(rows), vector(rows + 1)
+        sgl_kernel.NSAMetadataGeneratePlan(
+            mode=DECODE,
+            bs=rows,
+            seq_lens=vector(rows, 3),
+            req_pool_indices=vector(rows),
+            req_to_token=torch.arange(1, width + 1, dtype=torch.int32, device=device).view(1, width),
+            destinations=[sgl_kernel.MetadataDestination(*vectors)],
+            page_size=64,
+            topk=2048,
+        ).run()
+        expected = torch.tensor([[1, 2, 3, 0]], dtype=torch.int32)
+        assert torch.equal(table[:, :4].cpu(), expected.expand(rows, 4))
