@@ -92,7 +92,7 @@ class SelectInputs:
     lengths: torch.Tensor
 
     def on(self, device: str) -> tuple:
-        return tuple(None if t is None else t.to(ops.device) for t in vars(self).values())
+        return tuple(None if t is None else t.to(device) for t in vars(self).values())
 
 
 def select_inputs(case: SelectCase) -> SelectInputs:

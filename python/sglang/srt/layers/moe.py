@@ -116,7 +116,7 @@ class RoutedExperts(nn.Module):
         pairs = experts.flatten()
         x_pairs = x.repeat_interleave(k, dim=0, output_size=rows * k)[..., None]  # [T * K, hidden, 1]
         inner = silu_and_mul(torch.bmm(self.gate_up_proj[pairs], x_pairs).squeeze(-1))  # [T * K, I]
-        y = torch.bmm(self.down_proj[pairs], inner[..., None]).view(rows, k, -1)
+        y = torch.bmm(self.down_proj[pairs], inner[..., None]).view(rows, k, x.shape[1])
         return (y.float() * weights[..., None]).sum(1).to(x.dtype)
 
     def forward_masked(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
