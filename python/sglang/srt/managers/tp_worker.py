@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sglang.srt.environ import envs
+from sglang.srt.layers.attention.nsa.dims import AttentionDims
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataSelection
 from sglang.srt.layers.attention.nsa_backend import NativeSparseAttnBackend, NSAConfig
@@ -165,14 +166,15 @@ class TpModelWorker:
             draft_seqlens=args.nsa_draft_seqlens,
             verify=envs.SGLANG_NSA_VERIFY_METADATA.get(),
         )
+        dims = AttentionDims.of(self.config)
         return NSAConfig(
             topk=self.config.index_topk,
             page_size=self.page_size,
             width=self.req_to_token_pool.max_context_len,
             device=self.device,
             selection=selection,
-            prefill_ops=select_attention_ops(args.nsa_prefill_backend, self.device, "prefill"),
-            decode_ops=select_attention_ops(args.nsa_decode_backend, self.device, "decode"),
+            prefill_ops=select_attention_ops(args.nsa_prefill_backend, self.device, "prefill", dims),
+            decode_ops=select_attention_ops(args.nsa_decode_backend, self.device, "decode", dims),
         )
 
     def _runner(self, model: torch.nn.Module, layers: int) -> ModelRunner:

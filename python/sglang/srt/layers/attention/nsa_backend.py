@@ -16,6 +16,7 @@ from sglang.srt.layers.attention.nsa.metadata import (
 )
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs, precompute_metadata
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataSelection
+from sglang.srt.layers.attention.nsa.schedules import NO_PLAN, KernelPlan
 from sglang.srt.layers.attention.registry import SparseAttentionOps
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
@@ -49,6 +50,7 @@ class RaggedMetadata:
     page_table_1: torch.Tensor  # [bs, max_len], int32
     nsa_seqlens_expanded: torch.Tensor  # [T], int32: keys visible to each row
     table_rows: torch.Tensor  # [T], int64: which page table a row reads
+    plan: KernelPlan = NO_PLAN
 
 
 class _GraphHooks:
@@ -63,7 +65,13 @@ class _GraphHooks:
     ) -> None:
         """Allocates the graph-owned metadata; `offsets` is what each backend adds to the lengths."""
         shape = self.config.shape(mode, max_bs, rows_per_req)
-        self.graph_metadata = GraphMetadata(self.config.selection, shape, offsets, self.config.device)
+        self.graph_metadata = GraphMetadata(
+            self.config.selection,
+            shape,
+            offsets,
+            self.config.device,
+            planner=self.config.decode_ops.planner,
+        )
 
     def init_forward_metadata_capture_cuda_graph(self, inputs: MetadataInputs) -> None:
         """Plans one batch size over the graph's static inputs and brings it up to date once."""
@@ -99,9 +107,7 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
         if forward_batch.forward_mode.is_extend():
             self.forward_metadata = _ragged_metadata(forward_batch)
         else:
-            self.forward_metadata = as_backend_metadata(
-                precompute_metadata(metadata_inputs(self.config, forward_batch))
-            )
+            self.forward_metadata = _eager_metadata(self.config, metadata_inputs(self.config, forward_batch))
 
     def forward(self, layer_id: int, inputs: MLAInputs, forward_batch: ForwardBatch) -> torch.Tensor:
         """Writes the layer's keys, selects the top-k slots and attends: [T, H, kv_lora_rank]."""
@@ -124,7 +130,12 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
             _live_width(lengths, metadata.page_table_1),
         )  # [T, topk], int32
         return ops.sparse_mla(
-            inputs.q_nope, inputs.q_rope, pool.kv_buffer[layer_id], slots, inputs.softmax_scale
+            inputs.q_nope,
+            inputs.q_rope,
+            pool.kv_buffer[layer_id],
+            slots,
+            inputs.softmax_scale,
+            metadata.plan,
         )
 
 
@@ -142,8 +153,13 @@ class NativeSparseAttnMultiStepBackend(_GraphHooks):
         computed: dict[int, NSAMetadata] = {}
         for backend, offset in zip(self.attn_backends, self.offsets):
             if offset not in computed or not self.config.selection.enabled:
-                computed[offset] = as_backend_metadata(precompute_metadata(inputs, seqlens_offset=offset))
+                computed[offset] = _eager_metadata(self.config, inputs, offset)
             backend.forward_metadata = computed[offset]
+
+
+def _eager_metadata(config: NSAConfig, inputs: MetadataInputs, seqlens_offset: int = 0) -> NSAMetadata:
+    metadata = as_backend_metadata(precompute_metadata(inputs, seqlens_offset=seqlens_offset))
+    return metadata.planned(config.decode_ops.planner)
 
 
 def metadata_inputs(config: NSAConfig, forward_batch: ForwardBatch) -> MetadataInputs:

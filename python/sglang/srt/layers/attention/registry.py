@@ -8,46 +8,123 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang.srt.layers.attention.nsa.dims import AttentionDims
+from sglang.srt.layers.attention.nsa.schedules import NO_PLAN, KernelPlan, Planner
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SparseAttentionOps:
-    """The two halves of sparse MLA attention; signatures in `nsa/indexer.py` and `nsa/sparse_mla.py`."""
+    """The two halves of sparse MLA attention; signatures in `nsa/indexer.py` and `nsa/sparse_mla.py`.
+
+    `sparse_mla` takes one more argument, the plan that `planner` made for the batch size (None: it needs
+    none). Slots come with those that count first in each row, then -1.
+    """
 
     name: str
     select_topk: Callable[..., torch.Tensor]
     sparse_mla: Callable[..., torch.Tensor]
+    planner: Planner | None = None
 
 
-def _torch_ops() -> SparseAttentionOps:
+def _without_plan(sparse_mla: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def attend(
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        kv_buffer: torch.Tensor,
+        topk_slots: torch.Tensor,
+        softmax_scale: float,
+        plan: KernelPlan = NO_PLAN,
+    ) -> torch.Tensor:
+        return sparse_mla(q_nope, q_rope, kv_buffer, topk_slots, softmax_scale)
+
+    return attend
+
+
+def _torch_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
     from sglang.srt.layers.attention.nsa.indexer import select_topk
     from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
 
-    return SparseAttentionOps("torch", select_topk, sparse_mla)
+    return SparseAttentionOps("torch", select_topk, _without_plan(sparse_mla))
 
 
-def _triton_ops() -> SparseAttentionOps:
+def _triton_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
     from sglang.srt.layers.attention.nsa.sparse_mla_triton import sparse_mla
 
-    return SparseAttentionOps("triton", select_topk, sparse_mla)
+    return SparseAttentionOps("triton", select_topk, _without_plan(sparse_mla))
 
 
-_OPS: dict[str, Callable[[], SparseAttentionOps]] = {"torch": _torch_ops, "triton": _triton_ops}
+def _flashinfer_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
+    from sglang.srt.layers.attention.nsa.sparse_mla_flashinfer import FlashInferSparseMLA
+
+    attention = FlashInferSparseMLA(dims, device)
+    from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
+
+    return SparseAttentionOps("flashinfer", select_topk, attention.sparse_mla, attention.plan)
 
 
-def select_attention_ops(name: str, device: torch.device, role: str) -> SparseAttentionOps:
+def _flashmla_sparse_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
+    from sglang.srt.layers.attention.nsa.sparse_mla_flashmla import FlashMLASparse
+
+    attention = FlashMLASparse(dims)
+    from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
+
+    return SparseAttentionOps("flashmla_sparse", select_topk, _without_plan(attention.sparse_mla))
+
+
+def _flashmla_kv_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
+    raise ImportError("flashmla_kv needs a key-value cache in FP8, which this runtime does not have")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How to build one implementation, and which passes it serves."""
+
+    build: Callable[[AttentionDims | None, torch.device], SparseAttentionOps]
+    of_library: bool = False  # serves only dimensions that the library was compiled for
+    prefill: bool = True  # False: only passes with a fixed number of rows a request
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "torch": Implementation(_torch_ops),
+    "triton": Implementation(_triton_ops),
+    "flashinfer": Implementation(_flashinfer_ops, of_library=True, prefill=False),
+    "flashmla_sparse": Implementation(_flashmla_sparse_ops, of_library=True),
+    "flashmla_kv": Implementation(_flashmla_kv_ops, of_library=True),
+}
+
+
+def select_attention_ops(
+    name: str, device: torch.device, role: str, dims: AttentionDims | None = None
+) -> SparseAttentionOps:
     """The implementation of that name; 'auto' is triton on CUDA and torch elsewhere, and is logged.
 
-    Raises ImportError or ValueError where an implementation asked for by name is not available.
+    `dims` are those of the model, which a library's kernels may not serve. Triton serves every model in every
+    pass and needs nothing installed, so it is what 'auto' means; a library is asked for by name.
+
+    Raises ImportError where an implementation asked for by name is not available, and ValueError where there
+    is none of that name or it does not serve the model or the role.
     """
     if name == "auto":
-        ops = _OPS["triton" if device.type == "cuda" else "torch"]()
-        logger.info("sparse attention for %s: %s", role, ops.name)
-        return ops
-    if name not in _OPS:
+        chosen = "triton" if device.type == "cuda" else "torch"
+        logger.info("sparse attention for %s: auto chose %s", role, chosen)
+        return IMPLEMENTATIONS[chosen].build(dims, device)
+    if name not in IMPLEMENTATIONS:
         raise ValueError(
-            f"sparse attention implementation for {role} must be one of {list(_OPS)}, got {name!r}"
+            f"sparse attention implementation for {role} must be auto or one of {list(IMPLEMENTATIONS)}, "
+            f"got {name!r}"
         )
-    return _OPS[name]()
+    implementation = IMPLEMENTATIONS[name]
+    if role == "prefill" and not implementation.prefill:
+        raise ValueError(f"sparse attention implementation {name} serves decode only, got it for {role}")
+    if implementation.of_library:
+        if device.type != "cuda":
+            raise ValueError(f"sparse attention implementation {name} for {role} needs CUDA, got {device}")
+        if dims is None:
+            raise ValueError(f"sparse attention implementation {name} for {role} needs the model's dims")
+    try:
+        return implementation.build(dims, device)
+    except ImportError as error:
+        raise ImportError(f"sparse attention implementation {name} for {role}: {error}") from error

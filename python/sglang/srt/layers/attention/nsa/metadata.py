@@ -6,11 +6,13 @@ Everything that allocates, copies, generates, verifies or benchmarks metadata wa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from operator import attrgetter
 
 import torch
+
+from .schedules import NO_PLAN, KernelPlan, Planner
 
 
 class MetadataMode(IntEnum):
@@ -140,6 +142,18 @@ class NSAMetadata:
     nsa_cu_seqlens_k: torch.Tensor  # [E + 1]
     real_page_table: torch.Tensor | None  # [E, paged_width]; None where page_size is 1
     flashmla_metadata: NSAFlashMLAMetadata | None = None
+    plan: KernelPlan = NO_PLAN
+
+    def planned(self, planner: Planner | None) -> NSAMetadata:
+        """The same tensors with the plan of the kernels that read them."""
+        if planner is None:
+            return self
+        plan = planner(self)
+        return replace(self, flashmla_metadata=plan.flashmla_metadata, plan=plan)
+
+    def refresh_schedules(self) -> None:
+        for schedule in self.plan.schedules:
+            schedule.refresh(self)
 
 
 @dataclass(frozen=True)

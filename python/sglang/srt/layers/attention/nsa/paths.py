@@ -5,6 +5,7 @@ Every path is a list of stages over static buffers, planned at capture and run a
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .kernels import load_kernels
 from .metadata import MetadataBuffers, MetadataShape, NSAMetadata, as_precomputed
 from .nsa_backend_mtp_precompute import MetadataInputs
 from .replicate import COPIERS, Copier, plan_regions
+from .schedules import Planner
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +70,17 @@ def select_methods(selection: MetadataSelection, device: torch.device) -> tuple[
     except ImportError as error:
         if selection.copy == "fused":
             raise
+        if selection.copy == "auto":
+            return TORCH_METHODS, str(error)
         # The other methods copy without the library; only their staging set is then computed in torch.
-        copy = "torch" if selection.copy == "auto" else copy
         return MetadataMethods(copy, TorchGenerator, COPIERS[copy]), str(error)
     return MetadataMethods(copy, FusedGenerator, COPIERS[copy]), None
+
+
+@functools.cache
+def _warn_fallback(reason: str) -> None:
+    """Warns once in a process, however many graphs fall back for that reason."""
+    logger.warning("no fused metadata kernels, using torch from now on: %s", reason)
 
 
 Stage = Callable[[int], None]  # given a bound of the row lengths
@@ -120,6 +129,17 @@ def _one_table_owner(sets: Sequence[NSAMetadata], offsets: Sequence[int]) -> lis
     return [Destination(s, offset, owns_tables=offset == longest) for s, offset in zip(sets, offsets)]
 
 
+def _schedule_stages(sets: Sequence[NSAMetadata]) -> list[Stage]:
+    """Refreshes what depends on lengths beside the fields: of every backend, once where backends alias."""
+    scheduled = {id(metadata): metadata for metadata in sets if metadata.plan.schedules}
+
+    def refresh(max_len: int) -> None:
+        for metadata in scheduled.values():
+            metadata.refresh_schedules()
+
+    return [refresh] if scheduled else []
+
+
 def _buffer_sets(shape: MetadataShape, count: int, device: torch.device) -> list[MetadataBuffers]:
     """`count` sets of length vectors over one set of page tables."""
     first = MetadataBuffers.create(shape, device)
@@ -139,15 +159,25 @@ class GraphMetadata:
         max_shape: MetadataShape,
         offsets: Sequence[int],
         device: torch.device,
+        methods: MetadataMethods | None = None,
+        planner: Planner | None = None,
     ) -> None:
+        """`methods` replaces those that the selection stands for: what a benchmark compares. `planner`
+        plans the kernels that read the metadata, once for each batch size and set of lengths."""
         self.selection = selection
+        self.planner = planner
+        self.device = device
+        self.width = max_shape.width
         self.path = PATHS[selection.path]
         self.offsets = tuple(offsets)
-        self.methods, self.fallback_reason = select_methods(selection, device)
+        self.methods, self.fallback_reason = (
+            (methods, None) if methods is not None else select_methods(selection, device)
+        )
         self.fallbacks = 0
         self.replays = 0
         if self.fallback_reason is not None and selection.copy == "auto":
             self.fallbacks += 1
+            _warn_fallback(self.fallback_reason)
         distinct = sorted(set(offsets))
         if self.path.shares_buffers:
             by_offset = dict(zip(distinct, _buffer_sets(max_shape, len(distinct), device)))
@@ -164,8 +194,9 @@ class GraphMetadata:
         """Plans a batch size over the graph's static inputs; returns the metadata of each backend."""
         bs = inputs.shape.bs
         self.inputs[bs] = inputs
-        self.backends[bs] = [buffers.view(bs) for buffers in self.buffers]
-        self._plan(bs)
+        planned = {id(buffers): buffers.view(bs).planned(self.planner) for buffers in self.buffers}
+        self.backends[bs] = [planned[id(buffers)] for buffers in self.buffers]
+        self._or_fall_back(self._plan, bs)
         return self.backends[bs]
 
     def replay(self, bs: int, max_len: int) -> None:
@@ -173,13 +204,7 @@ class GraphMetadata:
         self.replays += 1
         if self.path.in_graph:
             return
-        try:
-            self._run(bs, max_len)
-        except RuntimeError as error:
-            if self.selection.copy != "auto" or self.methods is TORCH_METHODS:
-                raise
-            self._fall_back(error)
-            self._run(bs, max_len)
+        self._run(bs, min(max_len, self.width))
         if self.selection.verify:
             self.check(bs)
 
@@ -201,6 +226,9 @@ class GraphMetadata:
         return sum(held.values()), sum(b.table_bytes for b in self.buffers)
 
     def _run(self, bs: int, max_len: int) -> None:
+        self._or_fall_back(self._run_stages, bs, max_len)
+
+    def _run_stages(self, bs: int, max_len: int) -> None:
         for stage in self._stages[bs]:
             stage(max_len)
 
@@ -211,14 +239,25 @@ class GraphMetadata:
             destinations = _one_table_owner(list(distinct.values()), list(distinct))
         else:
             destinations = [Destination(metadata, offset) for metadata, offset in zip(sets, self.offsets)]
-        self._stages[bs] = (
-            [] if not sets else self.path.plan(self.methods, self.inputs[bs], destinations, self.staging)
-        )
+        stages = self.path.plan(self.methods, self.inputs[bs], destinations, self.staging) if sets else []
+        self._stages[bs] = stages + _schedule_stages(sets)
 
-    def _fall_back(self, error: RuntimeError) -> None:
-        logger.warning("the fused metadata kernels failed, using torch from now on: %s", error)
+    def _or_fall_back(self, action: Callable[..., None], *args: int) -> None:
+        """Runs the action; where 'auto' chose kernels that fail, replans everything in torch and repeats."""
+        try:
+            action(*args)
+        except RuntimeError as error:
+            if self.selection.copy != "auto" or self.methods == TORCH_METHODS:
+                raise
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise  # the capture is lost; its warm-up runs would have fallen back
+            self._fall_back(str(error))
+            action(*args)
+
+    def _fall_back(self, reason: str) -> None:
+        _warn_fallback(reason)
         self.fallbacks += 1
-        self.fallback_reason = str(error)
+        self.fallback_reason = reason
         self.methods = TORCH_METHODS
         for bs in self.inputs:
             self._plan(bs)

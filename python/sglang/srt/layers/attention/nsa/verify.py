@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .metadata import Extent, MetadataField, NSAMetadata, PrecomputedMetadata, fields_of
+from .metadata import (
+    Extent,
+    MetadataField,
+    NSAMetadata,
+    PrecomputedMetadata,
+    as_backend_metadata,
+    fields_of,
+)
 from .nsa_backend_mtp_precompute import MetadataInputs, precompute_metadata
 
 
@@ -49,11 +56,29 @@ def first_difference(
         found = found[tuple(slice(n) for n in expected.shape)]
         wrong = (expected != found) & _live(field, reference, expected)
         if wrong.any():
-            index = wrong.nonzero()[0].tolist()
-            row, column = index if len(index) == 2 else (index[0], None)
-            at = tuple(index)
-            return MetadataDifference(field.backend, backend, row, column, int(expected[at]), int(found[at]))
+            return _first_of(wrong, field.backend, backend, expected, found)
     return None
+
+
+def stale_schedule(
+    reference: PrecomputedMetadata, metadata: NSAMetadata, backend: int = 0
+) -> MetadataDifference | None:
+    """The first element of a kernel's schedule that is not what the reference's lengths ask for."""
+    of = as_backend_metadata(reference)
+    for schedule in metadata.plan.schedules:
+        expected = schedule.compute(of)
+        wrong = expected != schedule.target
+        if wrong.any():
+            return _first_of(wrong, schedule.name, backend, expected, schedule.target)
+    return None
+
+
+def _first_of(
+    wrong: torch.Tensor, name: str, backend: int, expected: torch.Tensor, found: torch.Tensor
+) -> MetadataDifference:
+    at = tuple(wrong.nonzero()[0].tolist())
+    row, column = at if len(at) == 2 else (at[0], None)
+    return MetadataDifference(name, backend, row, column, int(expected[at]), int(found[at]))
 
 
 def check_metadata(inputs: MetadataInputs, backends: Sequence[tuple[NSAMetadata, int]]) -> None:
@@ -62,7 +87,10 @@ def check_metadata(inputs: MetadataInputs, backends: Sequence[tuple[NSAMetadata,
     for index, (metadata, offset) in enumerate(backends):
         if offset not in references:
             references[offset] = precompute_metadata(inputs, seqlens_offset=offset)
-        difference = first_difference(references[offset], metadata, index)
+        reference = references[offset]
+        difference = first_difference(reference, metadata, index) or stale_schedule(
+            reference, metadata, index
+        )
         if difference is not None:
             raise MetadataMismatchError(difference)
 

@@ -1,0 +1,257 @@
+"""Which implementation of sparse attention a name stands for, and why one is not available."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sglang.srt.layers.attention import registry
+from sglang.srt.layers.attention.nsa import flashmla_library, sparse_mla_flashinfer
+from sglang.srt.layers.attention.nsa.dims import AttentionDims
+from sglang.srt.layers.attention.nsa.flashmla_library import FlashMLALibrary, load_flashmla
+from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
+from sglang.srt.layers.attention.nsa.sparse_mla_flashinfer import (
+    FlashInferSparseMLA,
+    load_flashinfer,
+    read_plan,
+)
+from sglang.srt.layers.attention.nsa.sparse_mla_flashmla import FlashMLASparse, padded_heads
+from sglang.srt.layers.attention.registry import IMPLEMENTATIONS, select_attention_ops
+from sglang.srt.server_args import NSA_BACKENDS
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+DEEPSEEK = AttentionDims(
+    num_attention_heads=128,
+    kv_lora_rank=512,
+    qk_rope_head_dim=64,
+    index_topk=2048,
+    softmax_scale=192**-0.5,
+    dtype=torch.bfloat16,
+)
+WRONG_DIMS = [
+    ("kv_lora_rank", 64),
+    ("qk_rope_head_dim", 16),
+    ("dtype", torch.float32),
+]
+
+
+def test_server_args_offer_what_there_is() -> None:
+    assert set(NSA_BACKENDS) == {"auto", *IMPLEMENTATIONS}
+
+
+def test_auto_on_the_cpu_is_torch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, registry.__name__):
+        ops = select_attention_ops("auto", CPU, "decode", DEEPSEEK)
+    assert ops.name == "torch" and ops.planner is None
+    assert "decode: auto chose torch" in caplog.text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_auto_on_cuda_is_triton_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, registry.__name__):
+        assert select_attention_ops("auto", CUDA, "prefill").name == "triton"
+    assert "prefill: auto chose triton" in caplog.text
+
+
+def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ValueError, match=r"for decode must be auto or one of \['torch'.*got 'fa3'"):
+        select_attention_ops("fa3", CPU, "decode")
+
+
+@pytest.mark.parametrize("name", [n for n, i in IMPLEMENTATIONS.items() if i.of_library])
+def test_a_library_needs_cuda_and_the_dims(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} for decode needs CUDA, got cpu"):
+        select_attention_ops(name, CPU, "decode", DEEPSEEK)
+    with pytest.raises(ValueError, match=f"{name} for decode needs the model's dims"):
+        select_attention_ops(name, CUDA, "decode")
+
+
+def test_flashinfer_does_not_serve_prefill() -> None:
+    with pytest.raises(ValueError, match="flashinfer serves decode only, got it for prefill"):
+        select_attention_ops("flashinfer", CUDA, "prefill", DEEPSEEK)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_DIMS)
+@pytest.mark.parametrize("implementation", ["flashinfer", "flashmla_sparse"])
+def test_a_model_that_a_library_cannot_serve_is_named(implementation: str, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"needs {name} .*, got {value}"):
+        select_attention_ops(implementation, CUDA, "decode", replace(DEEPSEEK, **{name: value}))
+
+
+@pytest.mark.parametrize(("name", "value"), [*WRONG_DIMS, ("index_topk", 192), ("num_attention_heads", 129)])
+def test_flashmla_names_what_it_cannot_serve(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"FlashMLA needs {name} .*, got {value}"):
+        padded_heads(replace(DEEPSEEK, **{name: value}))
+
+
+@pytest.mark.parametrize(("heads", "padded"), [(1, 64), (8, 64), (64, 64), (65, 128), (128, 128)])
+def test_flashmla_pads_heads(heads: int, padded: int) -> None:
+    assert padded_heads(replace(DEEPSEEK, num_attention_heads=heads)) == padded
+
+
+# ---- libraries that are not there, or not the right ones
+
+
+def install(folder: Path, name: str, version: str, files: tuple[str, ...] = ()) -> None:
+    """A distribution with only its records, as pip leaves it."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "RECORD").write_text("".join(f"{f},,\n" for f in files))
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(b"not a shared object")
+
+
+@pytest.fixture
+def empty_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in front of sys.path, in which distributions are found first."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    load_flashmla.cache_clear()
+    load_flashinfer.cache_clear()
+    yield tmp_path
+    load_flashmla.cache_clear()
+    load_flashinfer.cache_clear()
+
+
+def installed(*names: str) -> bool:
+    return any(map(importlib.util.find_spec, names))
+
+
+@pytest.mark.skipif(installed("flash_mla", "sgl_flash_mla"), reason="FlashMLA is installed")
+def test_flashmla_missing_or_unloadable_is_an_import_error(empty_site: Path) -> None:
+    with pytest.raises(ImportError, match=r"sglang-kernel: not installed.*flash_mla: No module named"):
+        load_flashmla()
+    install(empty_site, "sgl-kernel", "0.1.0", ("sgl_kernel_x/other.so",))
+    with pytest.raises(ImportError, match=r"sgl-kernel: version 0\.1\.0 carries no flashmla_ops"):
+        load_flashmla()
+    install(empty_site, "sglang-kernel", "0.4.2", ("sgl_kernel_x/flashmla_ops.abi3.so",))
+    with pytest.raises(
+        ImportError, match=r"sglang-kernel: .*flashmla_ops.abi3.so: .*(invalid ELF|too short)"
+    ):
+        load_flashmla()
+
+
+@pytest.mark.skipif(installed("flash_mla", "sgl_flash_mla"), reason="FlashMLA is installed")
+def test_flashmla_asked_for_by_name_names_the_reason(empty_site: Path) -> None:
+    with pytest.raises(ImportError, match="flashmla_sparse for decode: FlashMLA is not available"):
+        select_attention_ops("flashmla_sparse", CUDA, "decode", DEEPSEEK)
+
+
+def test_flashmla_kv_is_refused_at_start() -> None:
+    with pytest.raises(ImportError, match=r"flashmla_kv for decode: .* cache in FP8"):
+        select_attention_ops("flashmla_kv", CUDA, "decode", DEEPSEEK)
+
+
+@pytest.mark.parametrize("version", ["0.2.8", "0.6.10.post1", "0.6.10rc3"])
+def test_an_old_flashinfer_is_an_import_error(empty_site: Path, version: str) -> None:
+    install(empty_site, "flashinfer-python", version)
+    with pytest.raises(ImportError, match=f"flashinfer-python 0.6.11 or later, found {version}"):
+        load_flashinfer()
+
+
+@pytest.mark.skipif(installed("flashinfer"), reason="flashinfer is installed")
+def test_flashinfer_missing_is_an_import_error(empty_site: Path) -> None:
+    with pytest.raises(ImportError, match="flashinfer for decode: flashinfer-python is not installed"):
+        select_attention_ops("flashinfer", CUDA, "decode", DEEPSEEK)
+
+
+# ---- what goes into and comes out of the kernels, with the kernel's part in torch
+
+
+def random_inputs(rows: int, heads: int, topk: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(rows * heads)
+    q = torch.randn((rows, heads, 576), generator=generator).bfloat16()
+    kv = torch.randn((4 * topk, 576), generator=generator).bfloat16()
+    kv[0] = float("nan")  # nobody reads the slot of padded rows
+    slots = torch.full((rows, topk), -1, dtype=torch.int32)
+    for row in range(rows):
+        n = (0, 1, topk // 3, topk)[row % 4]
+        slots[row, :n] = torch.randperm(4 * topk - 1, generator=generator)[:n].int() + 1
+    return q[..., :512], q[..., 512:], kv, slots
+
+
+@pytest.mark.parametrize("heads", [8, 64, 128])
+def test_flashmla_gets_the_shapes_it_wants(heads: int) -> None:
+    """The kernel's contract, carried out by the torch reference: padded heads, one key head, -1 slots."""
+
+    def sparse_fwd(q, kv, indices, scale, latent):
+        assert q.shape[1:] == (64 if heads <= 64 else 128, 576) and q.is_contiguous()
+        assert kv.shape[1:] == (1, 576) and indices.shape[1] == 1 and indices.dtype == torch.int32
+        assert not q[:, heads:].any()
+        out = sparse_mla(q[..., :latent], q[..., latent:], kv[:, 0], indices[:, 0], scale)
+        return [
+            out.masked_fill((indices[:, 0, :1, None] < 0), float("nan"))
+        ]  # dead rows are not its business
+
+    dims = replace(DEEPSEEK, num_attention_heads=heads, index_topk=128)
+    attention = FlashMLASparse(dims, FlashMLALibrary("a test", sparse_fwd))
+    q_nope, q_rope, kv, slots = random_inputs(5, heads, 128)
+    out = attention.sparse_mla(q_nope, q_rope, kv, slots, 0.1)
+    assert torch.equal(out, sparse_mla(q_nope, q_rope, kv, slots, 0.1))
+    assert attention.sparse_mla(q_nope[:0], q_rope[:0], kv, slots[:0], 0.1).shape == (0, heads, 512)
+
+
+PLAN_FIELDS = 18
+MAX_WORKS = 64
+
+
+def plan_arrays(works: list[tuple[int, int, int]], topk: int) -> tuple[list[int], torch.Tensor]:
+    """A plan laid out as FlashInfer's: works are (row, start, end), all of the first of two clusters."""
+    info = [0] * PLAN_FIELDS
+    info[1] = 2  # clusters
+    workspace = torch.full((16 * MAX_WORKS,), -99, dtype=torch.int32)
+    arrays = {
+        3: [row * topk for row, _, _ in works],
+        11: [topk] * len(works),
+        13: [start for _, start, _ in works],
+        14: [end for _, _, end in works],
+        15: [0, len(works), len(works)],
+    }
+    for place, (field, values) in enumerate(arrays.items()):
+        info[field] = 4 * MAX_WORKS * place
+        workspace[MAX_WORKS * place : MAX_WORKS * place + len(values)] = torch.tensor(values)
+    return info, workspace.view(torch.uint8)
+
+
+def test_flashinfer_bounds_are_cut_to_the_lengths() -> None:
+    works = [(0, 0, 256), (1, 0, 256), (0, 256, 512), (1, 256, 512), (2, 0, 512)]
+    info, workspace = plan_arrays(works, topk=512)
+    bounds, live = read_plan(info, workspace, rows=3, topk=512)
+    assert live.tolist() == [[512] * 5, [256, 256, 512, 512, 512]]
+    cut = bounds.cut(torch.tensor([300, 7, 0], dtype=torch.int32))
+    assert cut.tolist() == [[300, 7, 300, 7, 0], [256, 7, 300, 7, 0]]
+    live.copy_(cut)
+    ints = workspace.view(torch.int32)
+    assert ints[MAX_WORKS : MAX_WORKS + 5].tolist() == [300, 7, 300, 7, 0]
+    assert ints[3 * MAX_WORKS : 3 * MAX_WORKS + 5].tolist() == [256, 7, 300, 7, 0]
+    # The next cut starts from the plan, not from the last one.
+    assert bounds.cut(torch.tensor([512, 512, 512])).tolist() == [[512] * 5, [256, 256, 512, 512, 512]]
+
+
+@pytest.mark.parametrize(
+    "works",
+    [
+        [],
+        [(0, 0, 512)],  # row 1 is missing
+        [(0, 0, 512), (1, 0, 511)],
+        [(0, 0, 512), (5, 0, 512)],
+        [(0, 0, 512), (1, 256, 256), (1, 0, 512)],
+    ],
+)
+def test_a_flashinfer_plan_of_another_layout_is_refused(works: list[tuple[int, int, int]]) -> None:
+    info, workspace = plan_arrays(works, topk=512)
+    with pytest.raises(RuntimeError, match="not laid out as in"):
+        read_plan(info, workspace, rows=2, topk=512)
+    with pytest.raises(RuntimeError, match="has 17 fields, expected 18"):
+        read_plan(info[:-1], workspace, rows=2, topk=512)
+
+
+def test_modules_do_not_import_libraries_before_they_are_chosen() -> None:
+    assert not hasattr(sparse_mla_flashinfer, "flashinfer")
+    assert not hasattr(flashmla_library, "sgl_kernel")
+    assert FlashInferSparseMLA.__module__ == sparse_mla_flashinfer.__name__
