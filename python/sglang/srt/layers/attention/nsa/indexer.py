@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-# Scores [rows, heads, keys] and gathered keys [rows, keys, dim] held at once, in elements (float32).
-CHUNK_ELEMENTS = 1 << 24
+# Scores [rows, heads, keys] and gathered keys [rows, keys, dim] held at once, in elements (float32): what a
+# CPU's caches hold, and a bound for memory.
+CHUNK_ELEMENTS = 1 << 21
 
 
 def select_topk(
@@ -71,7 +72,8 @@ def _chunks(
 def _gather_keys(index_k_buffer: torch.Tensor, pages: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     """Keys of the live columns in float32; a dead column's page may be anything, so it reads slot 0."""
     live = torch.arange(pages.shape[-1], device=pages.device) < length
-    return index_k_buffer[torch.where(live, pages, 0).long()].float()
+    slots = torch.where(live, pages, 0)
+    return index_k_buffer.index_select(0, slots.flatten()).unflatten(0, slots.shape).float()
 
 
 def _scores(q_index: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-# Gathered keys [rows, topk, C + R] and scores [rows, H, topk] held at once, in elements (float32).
-CHUNK_ELEMENTS = 1 << 24
+# Gathered keys [rows, topk, C + R] and scores [rows, H, topk] held at once, in elements (float32): what a
+# CPU's caches hold, and a bound for memory.
+CHUNK_ELEMENTS = 1 << 21
 
 
 def sparse_mla(
@@ -33,13 +34,15 @@ def sparse_mla(
     for first in range(0, rows, step):
         chunk = slice(first, min(first + step, rows))
         q = torch.cat((q_nope[chunk], q_rope[chunk]), dim=-1).float()  # [n, H, C + R]
-        dead = topk_slots[chunk] < 0  # [n, width]
-        kv = kv_buffer[topk_slots[chunk].clamp(min=0).long()].float()  # [n, width, C + R]
-        kv = kv.masked_fill(dead[..., None], 0.0)  # slot 0 may hold anything, and 0 * NaN is NaN
+        slots = topk_slots[chunk]  # [n, width]
+        dead = slots < 0
+        # A dead column reads a live slot of its row, which is finite, and its weight is exactly zero.
+        slots = torch.where(dead, slots.amax(dim=1, keepdim=True).clamp(min=0), slots)
+        kv = kv_buffer.index_select(0, slots.flatten()).unflatten(0, slots.shape).float()  # [n, width, C + R]
         scores = torch.bmm(q, kv.transpose(1, 2)).mul_(softmax_scale)  # [n, H, width]
-        scores = scores.masked_fill(dead[:, None], torch.finfo(torch.float32).min)
-        # A row without slots mixes zeros evenly, which is zero.
-        out[chunk] = torch.bmm(scores.softmax(dim=-1), kv[..., :latent]).to(q_nope.dtype)
+        scores.masked_fill_(dead[:, None], torch.finfo(torch.float32).min)
+        mixed = torch.bmm(scores.softmax(dim=-1), kv[..., :latent])
+        out[chunk] = mixed.masked_fill_(dead.all(dim=1)[:, None, None], 0.0).to(q_nope.dtype)
     return out
 
 
