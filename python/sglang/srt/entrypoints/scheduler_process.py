@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from types import FrameType
 
 from sglang.srt.environ import envs
 from sglang.srt.logging_config import configure_logging
@@ -66,12 +67,18 @@ class SchedulerProcess:
 
 
 def _scheduler_main(server_args: ServerArgs, port_args: PortArgs) -> None:
+    signal.signal(signal.SIGTERM, _end)
     configure_logging(server_args.log_level, "scheduler")
     threading.Thread(target=_end_with_parent, args=(port_args,), name="parent-watch", daemon=True).start()
     envs.validate()
     from sglang.srt.managers.scheduler import run_scheduler_process  # imports torch: seconds
 
     run_scheduler_process(server_args, port_args)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Unwinds, so that what the libraries hold (semaphores, temporary files) is given back."""
+    raise SystemExit(0)
 
 
 def _end_with_parent(port_args: PortArgs) -> None:
