@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,10 @@ import torch
 from sglang.srt.layers.attention import registry
 from sglang.srt.layers.attention.nsa import flashmla_library, sparse_mla_flashinfer
 from sglang.srt.layers.attention.nsa.dims import AttentionDims
+from sglang.srt.layers.attention.nsa.flashinfer_library import load_flashinfer
 from sglang.srt.layers.attention.nsa.flashmla_library import FlashMLALibrary, load_flashmla
 from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
-from sglang.srt.layers.attention.nsa.sparse_mla_flashinfer import (
-    FlashInferSparseMLA,
-    load_flashinfer,
-    read_plan,
-)
+from sglang.srt.layers.attention.nsa.sparse_mla_flashinfer import FlashInferSparseMLA, read_plan
 from sglang.srt.layers.attention.nsa.sparse_mla_flashmla import FlashMLASparse, padded_heads
 from sglang.srt.layers.attention.registry import IMPLEMENTATIONS, select_attention_ops
 from sglang.srt.server_args import NSA_BACKENDS
@@ -122,7 +120,12 @@ def installed(*names: str) -> bool:
     return any(map(importlib.util.find_spec, names))
 
 
-@pytest.mark.skipif(installed("flash_mla", "sgl_flash_mla"), reason="FlashMLA is installed")
+def carries_flashmla() -> bool:
+    names = {distribution.name for distribution in metadata.distributions()}
+    return bool(names & {"sglang-kernel", "sgl-kernel"}) or installed("flash_mla", "sgl_flash_mla")
+
+
+@pytest.mark.skipif(carries_flashmla(), reason="FlashMLA is installed")
 def test_flashmla_missing_or_unloadable_is_an_import_error(empty_site: Path) -> None:
     with pytest.raises(ImportError, match=r"sglang-kernel: not installed.*flash_mla: No module named"):
         load_flashmla()
@@ -136,7 +139,7 @@ def test_flashmla_missing_or_unloadable_is_an_import_error(empty_site: Path) -> 
         load_flashmla()
 
 
-@pytest.mark.skipif(installed("flash_mla", "sgl_flash_mla"), reason="FlashMLA is installed")
+@pytest.mark.skipif(carries_flashmla(), reason="FlashMLA is installed")
 def test_flashmla_asked_for_by_name_names_the_reason(empty_site: Path) -> None:
     with pytest.raises(ImportError, match="flashmla_sparse for decode: FlashMLA is not available"):
         select_attention_ops("flashmla_sparse", CUDA, "decode", DEEPSEEK)
@@ -150,8 +153,8 @@ def test_flashmla_kv_is_refused_at_start() -> None:
 @pytest.mark.parametrize("version", ["0.2.8", "0.6.10.post1", "0.6.10rc3"])
 def test_an_old_flashinfer_is_an_import_error(empty_site: Path, version: str) -> None:
     install(empty_site, "flashinfer-python", version)
-    with pytest.raises(ImportError, match=f"flashinfer-python 0.6.11 or later, found {version}"):
-        load_flashinfer()
+    with pytest.raises(ImportError, match=f"flashinfer-python 0.6.11 or later is needed, found {version}"):
+        load_flashinfer("mla")
 
 
 @pytest.mark.skipif(installed("flashinfer"), reason="flashinfer is installed")

@@ -2,20 +2,60 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
+from sglang.srt.layers.attention.nsa.flashinfer_library import load_flashinfer
+
+logger = logging.getLogger(__name__)
+
+_ROW_ALIGNMENT = 8  # elements: FlashInfer loads 16 bytes at a time
+Kernel = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # (x, weight, eps) -> norm
+
 
 class RMSNorm(nn.Module):
-    """Normalises in float32, rounds to the input's dtype, then scales, in that order, as Llama does."""
+    """Normalises in float32, rounds to the input's dtype, then scales, in that order, as Llama does.
+
+    In bfloat16 on CUDA one kernel of FlashInfer's does it, where installed; that rounds only once.
+    """
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device), requires_grad=False)
         self.eps = eps
+        half_on_cuda = torch.device(device).type == "cuda" and dtype == torch.bfloat16
+        self.kernel = flashinfer_rmsnorm() if half_on_cuda else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> the same shape and dtype."""
+        if self.kernel is not None and x.numel():
+            return self.kernel(x, self.weight, self.eps)
         x32 = x.float()
         scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * (x32 * scale).to(x.dtype)
+
+
+@functools.cache
+def flashinfer_rmsnorm() -> Kernel | None:
+    """FlashInfer's RMSNorm for bfloat16 on CUDA; None where it is not installed or does not run (logged)."""
+    try:
+        norm = load_flashinfer("norm")
+        one = torch.ones((1, 64), dtype=torch.bfloat16, device="cuda")
+        norm.rmsnorm(one, one[0], 1e-6)  # compiles it where the package brings no binary
+        torch.cuda.synchronize()
+    except (ImportError, RuntimeError, OSError) as error:
+        logger.info("RMSNorm by torch, not by flashinfer: %s", error)
+        return None
+
+    def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(0) % _ROW_ALIGNMENT or rows.data_ptr() % 16:
+            rows = rows.contiguous()
+        return norm.rmsnorm(rows, weight, eps).view(x.shape)
+
+    logger.info("RMSNorm by flashinfer")
+    return rmsnorm

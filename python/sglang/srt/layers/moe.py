@@ -114,7 +114,7 @@ class RoutedExperts(nn.Module):
     def forward_gathered(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         rows, k = experts.shape
         pairs = experts.flatten()
-        x_pairs = x.repeat_interleave(k, dim=0, output_size=rows * k)[..., None]  # [T * K, hidden, 1]
+        x_pairs = x[:, None].expand(-1, k, -1).reshape(rows * k, x.shape[1], 1)
         inner = silu_and_mul(torch.bmm(self.gate_up_proj[pairs], x_pairs).squeeze(-1))  # [T * K, I]
         y = torch.bmm(self.down_proj[pairs], inner[..., None]).view(rows, k, x.shape[1])
         return (y.float() * weights[..., None]).sum(1).to(x.dtype)

@@ -7,6 +7,8 @@ a counter-based integer hash (the idea: Salmon et al., "Parallel random numbers:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 MASK32 = 0xFFFFFFFF
@@ -24,8 +26,9 @@ def sample(
     seed: torch.Tensor,  # [R], int64
     all_greedy: bool = False,
     needs_filter: bool = True,
+    keep: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Samples one token a row. Returns [R], int64.
+    """Samples one token a row. Returns [R], int64. `keep` is `keep_mask` (the default) or does its work.
 
     The host may promise what it knows: `all_greedy`, every temperature is 0; not `needs_filter`, no row has
     top_p, top_k or min_p set. The result is the same, with less work.
@@ -38,7 +41,7 @@ def sample(
     scores = logits - logits.amax(dim=-1, keepdim=True)
     scores = scores / torch.where(cold, 1.0, temperature)[:, None]
     if needs_filter:
-        scores = scores.masked_fill(~keep_mask(scores, top_p, top_k, min_p), float("-inf"))
+        scores = scores.masked_fill(~(keep or keep_mask)(scores, top_p, top_k, min_p), float("-inf"))
     noise = gumbel_noise(seed, positions, logits.shape[1])
     return torch.where(cold, greedy, (scores + noise).argmax(dim=-1))
 

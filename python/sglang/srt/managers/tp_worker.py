@@ -17,6 +17,7 @@ from sglang.srt.layers.attention.nsa_backend import NativeSparseAttnBackend, NSA
 from sglang.srt.layers.attention.registry import select_attention_ops
 from sglang.srt.layers.logprobs import token_logprobs
 from sglang.srt.layers.sampler import sample
+from sglang.srt.layers.sampler_flashinfer import select_keep_mask
 from sglang.srt.managers.io_struct import TokenLogprob
 from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, Req, StepOutput
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool, ReqToTokenPool
@@ -69,6 +70,7 @@ class TpModelWorker:
         self.vocab_size = config.vocab_size
         self.eos_token_ids = frozenset(config.eos_token_ids)
         self.page_size = server_args.page_size
+        self.keep_mask = select_keep_mask(server_args.sampling_backend, self.device)
         target, nextn = load_model(
             config,
             server_args.load_format,
@@ -289,6 +291,7 @@ class TpModelWorker:
             pool.seed[requests],
             needs_filter=batch.needs_filter,
             all_greedy=batch.all_greedy,
+            keep=self.keep_mask,
         ).view(positions.shape)
 
     # ---- prefill

@@ -9,23 +9,17 @@ the end is empty, which the kernel knows (since 0.6.11, in its "fa2" form).
 from __future__ import annotations
 
 import functools
-import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata as distributions
-from typing import Any
 
 import torch
 
 from .dims import AttentionDims
+from .flashinfer_library import load_flashinfer
 from .metadata import NSAMetadata
-from .schedules import KernelPlan, LengthSchedule
-
-logger = logging.getLogger(__name__)
+from .schedules import NO_PLAN, KernelPlan, LengthSchedule
 
 LATENT, ROPE = 512, 64  # the dimensions that FlashInfer's MLA is made for
-OLDEST_VERSION = (0, 6, 11)
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends, for the partial results of split rows
 PLANS_KEPT = 32  # of eager passes; a captured graph keeps its own
 
@@ -59,22 +53,6 @@ class RowsPlan:
     bounds: WorkBounds
 
 
-@functools.cache
-def load_flashinfer() -> Any:
-    """The module `flashinfer.mla`. Raises ImportError with the reason."""
-    try:
-        version = distributions.version("flashinfer-python")
-    except distributions.PackageNotFoundError as error:
-        raise ImportError("flashinfer-python is not installed") from error
-    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
-    if numbers < OLDEST_VERSION:
-        oldest = ".".join(map(str, OLDEST_VERSION))
-        raise ImportError(f"sparse MLA needs flashinfer-python {oldest} or later, found {version}")
-    import flashinfer.mla
-
-    return flashinfer.mla
-
-
 class FlashInferSparseMLA:
     """`sparse_mla` by FlashInfer, for passes with a fixed number of rows: decode, verify, draft-extend.
 
@@ -84,7 +62,7 @@ class FlashInferSparseMLA:
 
     def __init__(self, dims: AttentionDims, device: torch.device) -> None:
         dims.require("flashinfer", kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, dtype=torch.bfloat16)
-        self.mla = load_flashinfer()
+        self.mla = load_flashinfer("mla")
         self.dims, self.topk, self.device = dims, dims.index_topk, device
         self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.rows_plan = functools.lru_cache(maxsize=PLANS_KEPT)(self._plan_rows)
@@ -110,7 +88,7 @@ class FlashInferSparseMLA:
         kv_buffer: torch.Tensor,  # [slots, 576]
         topk_slots: torch.Tensor,  # [T, topk], int32: as many as the metadata says, then -1
         softmax_scale: float,
-        plan: KernelPlan,
+        plan: KernelPlan = NO_PLAN,
     ) -> torch.Tensor:
         """As `sparse_mla.sparse_mla`: mixed latents [T, H, 512]; zeros for a row without any slot."""
         if q_nope.shape[0] == 0:
