@@ -188,6 +188,8 @@ def test_eos_of_the_generation_config_comes_first(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, TINY, {"unused": torch.zeros(1)})
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
     assert ModelConfig.from_path(str(tmp_path)).eos_token_ids == (3, 5)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert ModelConfig.from_path(str(tmp_path)).eos_token_ids == (1,)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,9 @@ def test_context_length_and_dtype_options(tmp_path: Path) -> None:
         ModelConfig.from_path(str(tmp_path), context_length=0)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        ModelConfig.from_path(str(tmp_path))
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json must hold a JSON object, got \[1\]"):
         ModelConfig.from_path(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         ModelConfig.from_path(str(tmp_path / "nowhere"))

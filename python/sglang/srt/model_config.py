@@ -137,7 +137,8 @@ class ModelConfig:
         generation = Path(model_path) / "generation_config.json"
         eos = raw.get("eos_token_id", 1)
         if generation.exists():
-            eos = _read_json(generation).get("eos_token_id", eos)
+            stored = _read_json(generation).get("eos_token_id")
+            eos = eos if stored is None else stored
         config = cls(
             **values,
             rope=_parse_rope(raw, base.max_position_embeddings),
@@ -202,9 +203,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"model path has no {path.name}: {path}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {content!r:.80}")
+    return content
 
 
 def _check_supported(raw: dict[str, Any]) -> None:
