@@ -2,8 +2,8 @@
 
     python scripts/make_dummy_model.py DIRECTORY [--seed 0]
 
-The weights are large (standard deviation 0.2), so that the largest logit is clearly the largest and greedy
-tokens do not depend on the order of a sum.
+The weights are large, so that the largest logit is clearly the largest and greedy tokens do not depend on
+the order of a sum.
 """
 
 from __future__ import annotations
@@ -134,19 +134,45 @@ def mlp_shapes(prefix: str, hidden: int, inner: int) -> dict[str, tuple[int, ...
     }
 
 
-def random_weights(config: dict[str, Any], seed: int, std: float = 0.2) -> dict[str, torch.Tensor]:
-    """float32 weights: norms near 1, everything else normal. The NextN layer shares embedding and head."""
+def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """float32 weights: norms near 1, everything else normal with the standard deviation of `spread`.
+
+    The NextN layer is a copy of the last layer that sees the next token's embedding, so that it is right
+    about some tokens and wrong about others.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, torch.Tensor] = {}
     for name, shape in weight_shapes(config).items():
-        noise = torch.randn(shape, generator=generator) * std
+        noise = torch.randn(shape, generator=generator) * spread(name)
         weights[name] = 1 + noise if "norm.weight" in name else noise
-    for i in range(
-        config["num_hidden_layers"], config["num_hidden_layers"] + config["num_nextn_predict_layers"]
-    ):
-        weights[f"model.layers.{i}.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
-        weights[f"model.layers.{i}.shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    if config["num_nextn_predict_layers"]:
+        last, nextn = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+        for name in [name for name in weights if name.startswith(last)]:
+            copy = name.replace(last, nextn)
+            if copy in weights:  # else the last layer is dense
+                weights[copy] = weights[name].clone()
+        weights[nextn + "eh_proj.weight"][:, :hidden] += torch.eye(hidden)
+        for name, shared in (
+            ("enorm.weight", torch.ones(hidden)),
+            ("shared_head.norm.weight", weights["model.norm.weight"]),
+            ("embed_tokens.weight", weights["model.embed_tokens.weight"]),
+            ("shared_head.head.weight", weights["lm_head.weight"]),
+        ):
+            weights[nextn + name] = shared.clone()
     return weights
+
+
+def spread(name: str) -> float:
+    """Standard deviation of a weight: what makes the last token matter most, then the tokens before it."""
+    spreads = {
+        "embed_tokens.weight": 1.0,
+        "lm_head.weight": 0.4,
+        "o_proj.weight": 0.1,
+        "down_proj.weight": 0.01,
+        "eh_proj.weight": 0.02,
+    }
+    return next((value for ending, value in spreads.items() if name.endswith(ending)), 0.2)
 
 
 def byte_tokenizer(vocab_size: int = VOCAB_SIZE) -> Tokenizer:

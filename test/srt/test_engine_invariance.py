@@ -45,10 +45,10 @@ class Case:
     retracts: bool = False
 
 
-LITTLE_MEMORY = {"page_size": 16, "max_total_tokens": 16 * 36}
+LITTLE_MEMORY = {"page_size": 4, "max_total_tokens": 4 * 110}
 
 CASES = [
-    Case("alone again", alone=True, rounds=2),
+    Case("alone again", alone=True),
     Case("in a batch", rounds=2),
     Case("in a batch larger than the captured ones", {"cuda_graph_max_bs": 2}),
     Case("eager", {"disable_cuda_graph": True}),
@@ -105,7 +105,7 @@ def test_tokens_do_not_change(case: Case, dummy_model: Path, expected: list[list
         assert (state["cache_hit_rate"] > 0.4) == (not case.args.get("disable_radix_cache", False))
     if case.args.get("speculative_algorithm"):
         assert state["nsa_metadata"]["enabled"] == case.precompute
-        assert 1 <= state["avg_spec_accept_length"] <= 1 + case.args["speculative_num_steps"]
+        assert 1.1 < state["avg_spec_accept_length"] < 1 + case.args["speculative_num_steps"]
 
 
 def test_requests_differ(expected: list[list[int]]) -> None:
@@ -114,19 +114,29 @@ def test_requests_differ(expected: list[list[int]]) -> None:
     assert all(len(tokens) == NEW_TOKENS and len(set(tokens)) > 10 for tokens in expected)
 
 
-def test_stop_inside_a_speculative_step_changes_nothing(dummy_model: Path, expected: list[list[int]]) -> None:
+def test_a_stop_inside_a_speculative_step_drops_what_follows(
+    dummy_model: Path, expected: list[list[int]]
+) -> None:
     engine = make_engine(dummy_model, **SPECULATIVE)
-    for ids, params, want in zip(prompts(), sampling_params(), expected):
-        stop = want[17]
-        cut = want[: want.index(stop) + 1]
-        result = engine.generate(input_ids=ids, sampling_params=params | {"stop_token_ids": [stop]})
-        assert result["output_ids"] == cut
-        assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
-        # What was speculated beyond the stop must not be found as anybody's prefix.
-        again = engine.generate(
-            input_ids=ids + cut, sampling_params=params | {"max_new_tokens": NEW_TOKENS - len(cut) or 1}
-        )
-        assert again["output_ids"][: NEW_TOKENS - len(cut)] == want[len(cut) :]
+    cuts = [want[: want.index(want[17]) + 1] for want in expected]
+    stopped = engine.generate(
+        input_ids=prompts(),
+        sampling_params=[
+            params | {"stop_token_ids": [cut[-1]]} for params, cut in zip(sampling_params(), cuts)
+        ],
+    )
+    # What was speculated beyond the stop must not be found as anybody's prefix.
+    continued = engine.generate(
+        input_ids=[ids + cut for ids, cut in zip(prompts(), cuts)],
+        sampling_params=[
+            params | {"max_new_tokens": NEW_TOKENS - len(cut)} for params, cut in zip(sampling_params(), cuts)
+        ],
+    )
+    for first, second, cut, want in zip(stopped, continued, cuts, expected):
+        assert first["meta_info"]["finish_reason"] == {"type": "stop", "matched": cut[-1]}
+        assert first["output_ids"] == cut
+        assert second["output_ids"] == want[len(cut) :]
+    assert engine.scheduler.num_cached_tokens > 0
 
 
 # The engine's own interface
