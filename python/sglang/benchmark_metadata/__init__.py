@@ -1,0 +1,1 @@
+"""The metadata benchmark in parts; run it with `python -m sglang.bench_metadata`."""

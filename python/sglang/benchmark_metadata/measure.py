@@ -1,0 +1,192 @@
+"""Times and counts: completion, host enqueue, time on the GPU, launches."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+Call = Callable[[], object]
+
+WARMUP = 5
+PROFILED_CALLS = 2
+_QUEUE_CYCLES = 400_000  # keeps the GPU busy while the host queues what is timed with events
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long one line may be measured, in each round over all lines."""
+
+    seconds: float
+    most: int = 34
+    least: int = 5
+
+
+ROUNDS = 3  # so that a slow moment of the machine does not hit one line alone
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of repeated calls."""
+
+    completion: tuple[float, ...]
+    enqueue: tuple[float, ...]
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(self.completion + other.completion, self.enqueue + other.enqueue)
+
+    @staticmethod
+    def percentile(values: Sequence[float], percent: float) -> float:
+        ordered = sorted(values)
+        return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def measure_all(
+    calls: Sequence[Call], rotate: Callable[[int], None], device: torch.device, budget: Budget
+) -> list[Timing]:
+    """Several rounds over all calls."""
+    timings = [Timing((), ())] * len(calls)
+    for _ in range(ROUNDS):
+        timings = [timing + measure(call, rotate, device, budget) for timing, call in zip(timings, calls)]
+    return timings
+
+
+def measure(call: Call, rotate: Callable[[int], None], device: torch.device, budget: Budget) -> Timing:
+    """Synchronize, call, synchronize; the inputs change between calls, outside of what is timed."""
+    for i in range(WARMUP):
+        rotate(i)
+        call()
+    completion, enqueue = [], []
+    with no_garbage_collection():
+        started = time.perf_counter()
+        for i in range(budget.most):
+            if i >= budget.least and time.perf_counter() - started > budget.seconds:
+                break
+            rotate(i)
+            synchronize(device)
+            t0 = time.perf_counter_ns()
+            call()
+            t1 = time.perf_counter_ns()
+            synchronize(device)
+            t2 = time.perf_counter_ns()
+            enqueue.append((t1 - t0) / 1e3)
+            completion.append((t2 - t0) / 1e3)
+    return Timing(tuple(completion), tuple(enqueue))
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What one call did, as the profiler saw it."""
+
+    count: float  # CUDA: kernels, copies and fills; CPU: operators dispatched
+    kernel_us: float | None  # sum of their durations on the GPU
+
+
+def count_activity(calls: Sequence[Call], device: torch.device) -> list[Activity]:
+    """Profiles all calls in one session; events belong to the call in whose window they began."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with warnings.catch_warnings(), profile(activities=activities) as profiler:
+        warnings.simplefilter("ignore")
+        for i, call in enumerate(calls):
+            with record_function(f"window-{i}"):
+                for _ in range(PROFILED_CALLS):
+                    call()
+                synchronize(device)
+            if cuda:
+                time.sleep(0.0005)  # the clocks of host and GPU agree to some microseconds
+    events = profiler.profiler.kineto_results.events()
+    windows = [(0, 0)] * len(calls)
+    for event in events:
+        if event.name().startswith("window-") and _on_host(event):
+            windows[int(event.name()[7:])] = (event.start_ns(), event.start_ns() + event.duration_ns())
+    kind = _gpu_events if cuda else _top_level_operators
+    found = sorted(kind(events))
+    return [_in_window(found, window, cuda) for window in windows]
+
+
+def _in_window(found: list[tuple[int, int]], window: tuple[int, int], cuda: bool) -> Activity:
+    durations = [duration for start, duration in found if window[0] <= start < window[1]]
+    kernel_us = sum(durations) / 1e3 / PROFILED_CALLS if cuda else None
+    return Activity(len(durations) / PROFILED_CALLS, kernel_us)
+
+
+def _on_host(event) -> bool:
+    return "CPU" in str(event.device_type())
+
+
+def _gpu_events(events) -> list[tuple[int, int]]:
+    """(start, duration) in ns of everything that ran on the GPU; annotations are shown there, too."""
+    return [
+        (e.start_ns(), e.duration_ns())
+        for e in events
+        if not _on_host(e) and not e.name().startswith("window-")
+    ]
+
+
+def _top_level_operators(events) -> list[tuple[int, int]]:
+    """(start, duration) in ns of operators that were called from Python, not from another operator."""
+    operators = sorted((e.start_ns(), -e.duration_ns()) for e in events if _is_operator(e))
+    found, end = [], 0
+    for start, negative in operators:
+        if start >= end:
+            found.append((start, -negative))
+            end = start - negative
+    return found
+
+
+def _is_operator(event) -> bool:
+    return _on_host(event) and "::" in event.name() and not event.name().startswith("window-")
+
+
+def graph_time_us(graph: torch.cuda.CUDAGraph, device: torch.device, repeats: int = 25) -> float:
+    """Median time between events around one replay, all queued behind a kernel that keeps the GPU busy."""
+    samples = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_QUEUE_CYCLES)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize(device)
+        samples.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(samples)
+
+
+def empty_graph() -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is empty
+        with torch.cuda.graph(graph):
+            pass
+    return graph
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes read and written in a second by one `copy_` that moves about `size` bytes."""
+    src = torch.zeros(max(size // 8, 1), dtype=torch.int32, device=device)
+    dst = torch.empty_like(src)
+    timing = measure(lambda: dst.copy_(src), lambda _: None, device, Budget(0.1))
+    return 8 * src.numel() / (statistics.median(timing.completion) / 1e6)

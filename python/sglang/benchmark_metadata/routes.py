@@ -1,0 +1,153 @@
+"""The ways to get metadata into N backends: each is the runtime's own `GraphMetadata`, ready to be called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang.srt.layers.attention.nsa.generate import FusedGenerator, TorchGenerator
+from sglang.srt.layers.attention.nsa.kernels import load_kernels
+from sglang.srt.layers.attention.nsa.metadata import poison_
+from sglang.srt.layers.attention.nsa.paths import PATHS, GraphMetadata, MetadataMethods, MetadataSelection
+from sglang.srt.layers.attention.nsa.replicate import COPIERS, FusedCopier, Region
+
+from .cases import BenchCase, BenchInputs
+
+POISON = -0x5A5A5A5B
+
+
+class FusedEachCopier:
+    """The library's copy kernel once for each backend: what one launch for all is compared with."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        backends = max(len(region.dsts) for region in regions)
+        groups: list[list[Region]] = [[] for _ in range(backends)]
+        for region in regions:
+            for group, dst in zip(groups, region.dsts):
+                group.append(Region(region.src, (dst,), region.cols_per))
+        self.copiers = [FusedCopier(group) for group in groups]
+
+    def run(self, max_len: int) -> None:
+        for copier in self.copiers:
+            copier.run(max_len)
+
+
+_GENERATORS = {"torch": TorchGenerator, "fused": FusedGenerator}
+_COPIERS = {**COPIERS, "fused_n": FusedEachCopier, "-": COPIERS["torch"]}
+
+
+@dataclass(frozen=True)
+class Route:
+    """A path with its methods; `copy` is '-' where nothing is copied."""
+
+    path: str
+    copy: str = "-"
+    generator: str = "fused"
+
+    @property
+    def methods(self) -> MetadataMethods:
+        return MetadataMethods(self.copy, _GENERATORS[self.generator], _COPIERS[self.copy])
+
+    def bytes(self, case: BenchCase) -> int:
+        """Read and written by the path, whatever else its implementation touches."""
+        n = case.backends
+        more_lengths = (len(set(case.offsets)) - 1) * case.length_bytes
+        if self.path == "recompute":
+            return n * case.generate_bytes
+        if self.path == "replicate" and n > 1:
+            return case.generate_bytes + more_lengths + 2 * n * case.set_bytes
+        return case.generate_bytes + more_lengths
+
+    def held_bytes(self, case: BenchCase) -> int:
+        """Page tables that the path keeps allocated."""
+        n = case.backends
+        sets = 1 if PATHS[self.path].shares_buffers else n + (self.path == "replicate" and n > 1)
+        flat = case.set_bytes if self.copy == "cat" else 0
+        return sets * case.table_bytes + flat
+
+
+# The first line is what ratios refer to; the second is the scheme that was published.
+ROUTES: tuple[Route, ...] = (
+    Route("recompute", generator="torch"),
+    Route("replicate", "torch", generator="torch"),
+    Route("replicate", "torch"),
+    Route("replicate", "foreach"),
+    Route("replicate", "streams"),
+    Route("replicate", "cat"),
+    Route("replicate", "triton"),
+    Route("replicate", "fused_n"),
+    Route("replicate", "fused"),
+    Route("shared", generator="torch"),
+    Route("shared"),
+    Route("in_graph"),
+)
+
+
+def routes_of(case: BenchCase) -> list[Route]:
+    """With one backend there is nothing to copy, so replicate is measured once for each generator."""
+    if case.backends > 1:
+        return list(ROUTES)
+    return [r for r in ROUTES if r.path != "replicate" or r.copy in ("torch", "fused")][:4] + [
+        r for r in ROUTES if r.path in ("shared", "in_graph")
+    ]
+
+
+def unavailable(route: Route, device: torch.device) -> str | None:
+    """Why a route cannot be measured here, or None."""
+    if route.copy in ("streams", "triton") and device.type != "cuda":
+        return "needs CUDA"
+    if "fused" in (route.generator, route.copy):
+        try:
+            load_kernels(device.type)
+        except ImportError as error:
+            return str(error)
+    return None
+
+
+class Subject:
+    """A planned route over the inputs of a case.
+
+    `call` does the whole work. `host_call` is what the host does in front of the graph: the same, except on
+    the in-graph path, where `call` replays a graph of nothing but the generation.
+    """
+
+    def __init__(self, route: Route, case: BenchCase, inputs: BenchInputs, device: torch.device) -> None:
+        self.route, self.case, self.inputs, self.device = route, case, inputs, device
+        enabled = route.path != "recompute"
+        selection = MetadataSelection(
+            enabled, route.path if enabled else "replicate", "auto", case.draft_seqlens
+        )
+        self.metadata = GraphMetadata(selection, case.shape, case.offsets, device, methods=route.methods)
+        self.metadata.capture(inputs.metadata_inputs)
+        self.host_call: Callable[[], None] = lambda: self.metadata.replay(case.bs, case.max_len)
+        self.call = self.host_call
+        self.in_graph = self.metadata.path.in_graph
+        if self.in_graph:
+            self.call = self.capture().replay if device.type == "cuda" else self.run_in_graph
+
+    def run_in_graph(self) -> None:
+        self.metadata.run_in_graph(self.case.bs)
+
+    def capture(self, times: int = 1) -> torch.cuda.CUDAGraph:
+        """A CUDA graph of `times` generations and nothing else."""
+        self.run_in_graph()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                self.run_in_graph()
+        return graph
+
+    def check(self) -> None:
+        """Every set of inputs, with poison in all buffers before: raises where one live element differs."""
+        for index in range(len(self.inputs.sets)):
+            for buffers in (*self.metadata.buffers, *self.metadata.staging):
+                poison_(buffers.view(self.case.bs), POISON)
+            self.inputs.load(index)
+            self.host_call()
+            self.call()
+            self.metadata.check(self.case.bs)
+        if self.metadata.fallbacks:
+            raise RuntimeError(f"{self.route}: {self.metadata.fallback_reason}")

@@ -1,0 +1,166 @@
+"""Runs a grid: correctness first, then the measurements of every route and the floors of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from .cases import BenchCase, BenchInputs
+from .measure import (
+    Budget,
+    copy_bandwidth,
+    count_activity,
+    empty_graph,
+    graph_time_us,
+    measure,
+    measure_all,
+)
+from .report import Row, line
+from .routes import Route, Subject, routes_of, unavailable
+
+_LARGE = 512 << 20  # bytes moved by the copy that tells a GPU's bandwidth
+_NODES = 16  # generations in the graph that tells what one more costs
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: torch.device
+    budget: Budget
+    max_bytes: int  # of the page tables of all routes of a case, which are alive together
+
+
+def run_grid(cases: Sequence[BenchCase], settings: Settings) -> list[Row]:
+    """All rows, each printed as soon as it is there."""
+    rows: list[Row] = []
+    total = sum(len(routes_of(case)) for case in cases)
+    with tqdm(total=total, desc="metadata", unit="row", smoothing=0.1) as bar:
+        for case in cases:
+            for row in _run_case(case, settings, bar):
+                rows.append(row)
+                tqdm.write(line(row))
+    return rows
+
+
+def _run_case(case: BenchCase, settings: Settings, bar: tqdm) -> Iterator[Row]:
+    device = settings.device
+    inputs = BenchInputs(case, device)
+    subjects, skipped = _prepare(case, inputs, settings)
+    rows = {subject.route: _new_row(case, subject.route, device) for subject in subjects}
+    _count(subjects, rows, device)
+    calls = [subject.call for subject in subjects]
+    for subject, timing in zip(subjects, measure_all(calls, inputs.load, device, settings.budget)):
+        rows[subject.route].set_timing(timing)
+        if subject.in_graph:
+            _measure_graph(subject, rows[subject.route], settings)
+    baseline = next((r.completion_us for r in rows.values() if r.path == "recompute"), None)
+    for route in routes_of(case):
+        bar.update()
+        if route in skipped:
+            yield _new_row(case, route, device, skipped[route])
+            continue
+        row = rows[route]
+        row.ratio = round(baseline / row.completion_us, 3) if baseline else None
+        yield row
+    yield from _floors(case, inputs, settings, baseline)
+
+
+def _prepare(
+    case: BenchCase, inputs: BenchInputs, settings: Settings
+) -> tuple[list[Subject], dict[Route, str]]:
+    """Builds and checks every route that can be measured; the reasons for the others."""
+    subjects, skipped, left = [], {}, settings.max_bytes
+    for route in routes_of(case):
+        held = route.held_bytes(case)
+        reason = unavailable(route, settings.device)
+        if reason is None and held > left:
+            reason = f"its page tables take {held / 2**30:.2f} GiB, {left / 2**30:.2f} are left"
+        if reason is not None:
+            skipped[route] = reason
+            continue
+        left -= held
+        subjects.append(Subject(route, case, inputs, settings.device))
+        subjects[-1].check()
+    return subjects, skipped
+
+
+def _new_row(case: BenchCase, route: Route, device: torch.device, skipped: str | None = None) -> Row:
+    return Row(
+        device=device.type,
+        mode=case.mode.name,
+        bs=case.bs,
+        context=case.context,
+        N=case.backends,
+        page_size=case.page_size,
+        path=route.path,
+        copy=route.copy,
+        generator=route.generator,
+        draft_seqlens=case.draft_seqlens,
+        bytes=route.bytes(case),
+        table_bytes=route.held_bytes(case),
+        skipped=skipped,
+    )
+
+
+def _count(subjects: Sequence[Subject], rows: dict[Route, Row], device: torch.device) -> None:
+    """Launches and time on the GPU, in one session of the profiler."""
+    calls = [call for subject in subjects for call in (subject.host_call, subject.call)]
+    activities = count_activity(calls, device)
+    for subject, on_host, whole in zip(subjects, activities[::2], activities[1::2]):
+        row = rows[subject.route]
+        row.launches = on_host.count
+        row.kernel_us = row.gpu_us = whole.kernel_us
+        if subject.in_graph:
+            row.graph_nodes = whole.count if device.type == "cuda" else None
+            # Without graphs the host itself runs the function: what it dispatches counts.
+            row.launches = on_host.count if device.type == "cuda" else whole.count
+
+
+def _measure_graph(subject: Subject, row: Row, settings: Settings) -> None:
+    """What the path costs the host, and the GPU inside of a graph."""
+    device = settings.device
+    if device.type != "cuda":
+        return
+    host = measure(subject.host_call, subject.inputs.load, device, settings.budget)
+    row.enqueue_us = round(sorted(host.enqueue)[len(host.enqueue) // 2], 2)
+    one, many = subject.capture(), subject.capture(_NODES)
+    raw = graph_time_us(one, device)
+    row.gpu_raw_us = round(raw, 2)
+    row.gpu_us = round(max(raw - graph_time_us(empty_graph(), device), 0.0), 2)
+    row.gpu_node_us = round((graph_time_us(many, device) - raw) / (_NODES - 1), 2)
+
+
+def _floors(
+    case: BenchCase, inputs: BenchInputs, settings: Settings, baseline: float | None
+) -> Iterator[Row]:
+    """What no path can beat: a launch that does nothing, one small copy, the bytes at full bandwidth."""
+    device = settings.device
+    source = torch.zeros(case.bs, dtype=torch.int32, device=device)
+    target = torch.zeros_like(source)
+    calls = {"copy_": lambda: target.copy_(source)}
+    if device.type == "cuda":
+        calls["empty"] = lambda: torch.cuda._sleep(0)
+        calls["graph"] = empty_graph().replay
+    for name, activity in zip(calls, count_activity(list(calls.values()), device)):
+        row = _floor(case, name, device)
+        row.set_timing(measure(calls[name], inputs.load, device, settings.budget))
+        row.launches, row.kernel_us, row.gpu_us = activity.count, activity.kernel_us, activity.kernel_us
+        row.bytes = 8 * case.bs if name == "copy_" else 0
+        row.ratio = round(baseline / row.completion_us, 3) if baseline else None
+        yield row
+    for path in ("replicate", "shared"):
+        row = _floor(case, f"{path[:6]}/bw", device)
+        row.bytes = Route(path, "fused").bytes(case)
+        # On the GPU the bandwidth of its memory; a CPU's depends on which cache the case fits into.
+        size = _LARGE if device.type == "cuda" else row.bytes
+        row.completion_us = round(row.bytes / copy_bandwidth(device, size) * 1e6, 2)
+        row.gpu_us = row.completion_us if device.type == "cuda" else None
+        yield row
+
+
+def _floor(case: BenchCase, name: str, device: torch.device) -> Row:
+    row = _new_row(case, Route("shared", name, "-"), device)
+    row.path, row.table_bytes = "floor", None
+    return row

@@ -1,0 +1,40 @@
+"""A simulated continuous batch: every replay of every path is verified.
+
+`python -m sglang.bench_metadata --soak 100000` is the same at full length.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nsa_cases import DEVICES
+from sglang.benchmark_metadata.soak import BATCH_SIZES, soak
+from sglang.srt.layers.attention.nsa.generate import FusedGenerator
+from sglang.srt.layers.attention.nsa.verify import MetadataMismatchError
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_three_thousand_replays(device):
+    report = soak(3000, torch.device(device), seed=11)
+    assert report.replays >= 3000
+    assert report.fallbacks == 0
+    # The simulation has to be worth something.
+    assert report.idle_steps > 10
+    assert report.reused_slots > 100
+    assert report.departures > 100
+    assert report.largest_length > 480
+    assert report.batch_sizes == set(range(BATCH_SIZES[-1] + 1))
+
+
+def test_a_stale_replay_is_found(monkeypatch):
+    """The generation skips one replay in two hundred, as a lost update would."""
+    original, calls = FusedGenerator.run, []
+
+    def run(self, max_len: int) -> None:
+        calls.append(max_len)
+        if len(calls) % 200:
+            original(self, max_len)
+
+    monkeypatch.setattr(FusedGenerator, "run", run)
+    with pytest.raises(MetadataMismatchError, match="stale or wrong NSA metadata"):
+        soak(3000, torch.device("cpu"))
