@@ -243,7 +243,7 @@ def check_attend(case: AttendCase, name: str) -> None:
     out = ops.sparse_mla(*(t.to(ops.device) for t in inputs), 0.17).cpu()
     assert out.dtype == case.dtype
     expected = plain_attend(*inputs, 0.17)
-    tolerance = 1e-5 if case.dtype == torch.float32 else 2e-2
+    tolerance = 5e-5 if case.dtype == torch.float32 else 2e-2  # float32: sums of up to 2048 terms
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     for t, live in enumerate(case.live):
         assert live or torch.equal(out[t], torch.zeros_like(out[t]))
