@@ -38,7 +38,7 @@ _DEFAULT_CPU_TOKENS = 65536
 class DecodeBatch:
     """The running requests, as the worker sees them until their membership changes."""
 
-    rids: list[str]
+    members: list[tuple[Req, int | None]]  # each with its row of the request pool
     indices: torch.Tensor  # [n], int32: rows of the request pool
     all_greedy: bool
     needs_filter: bool
@@ -49,7 +49,7 @@ class DecodeBatch:
         params = [req.sampling_params for req in reqs]
         wanted = [req.top_logprobs_num for req in reqs if req.return_logprob]
         return cls(
-            rids=[req.rid for req in reqs],
+            members=[(req, req.req_pool_idx) for req in reqs],
             indices=torch.tensor([req.req_pool_idx for req in reqs], dtype=torch.int32, device=device),
             all_greedy=all(p.temperature == 0 for p in params),
             needs_filter=any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params),
@@ -253,7 +253,7 @@ class TpModelWorker:
 
     def _load_step(self, reqs: list[Req]) -> tuple[StepInputs, bool]:
         """The step's inputs, loaded: the static ones of a captured size, or fresh ones where none fits."""
-        if self.batch is None or self.batch.rids != [req.rid for req in reqs]:
+        if self.batch is None or self.batch.members != [(req, req.req_pool_idx) for req in reqs]:
             self.batch = DecodeBatch.create(reqs, self.device)
         captured = bool(self.batch_sizes) and len(reqs) <= self.batch_sizes[-1]
         if captured:
