@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.environ import envs
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 NEW_TOKENS = 40
 SPECULATIVE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 4}
@@ -200,6 +202,21 @@ def test_logprobs_are_the_same_with_and_without_speculation(engine: Engine, dumm
             tops = a["meta_info"][f"{side}_top_logprobs"]
             assert all(len(top) == 3 for top in tops[start:])
         assert a["meta_info"]["input_token_logprobs"][0][0] is None
+
+
+def test_a_rid_that_is_used_again_brings_its_own_parameters(dummy_model: Path) -> None:
+    engine = make_engine(dummy_model)
+    texts = []
+    for rid in ("same", "same", "other"):
+        params = SamplingParams(temperature=1.0 if texts else 0.0, seed=1, max_new_tokens=8, ignore_eos=True)
+        engine.link.inbox.append(TokenizedGenerateReqInput(rid=rid, input_ids=[5, 6], sampling_params=params))
+        outputs: list[int] = []
+        while engine.link.inbox or not engine.scheduler.is_idle:
+            engine.scheduler.step()
+            outputs += [t for message in engine.link.outbox for o in message.outputs for t in o.output_ids]
+            engine.link.outbox.clear()
+        texts.append(outputs)
+    assert texts[1] == texts[2] != texts[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,160 @@
+"""The scheduler as a process of its own, spoken to over its sockets."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from sglang.srt.managers.io_struct import (
+    BatchOutput,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
+    FromScheduler,
+    SchedulerFailed,
+    SchedulerReady,
+    TokenizedGenerateReqInput,
+)
+from sglang.srt.managers.scheduler import run_scheduler_process
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+TIMEOUT_MS = 60_000
+
+
+class Peer:
+    """The tokenizer process's end of the sockets, and the scheduler process."""
+
+    def __init__(self, model: Path | str, directory: Path, **args: Any) -> None:
+        self.context = zmq.Context()
+        ports = PortArgs(f"ipc://{directory}/scheduler", f"ipc://{directory}/tokenizer")
+        self.outbox = self.context.socket(zmq.PUSH)
+        self.outbox.bind(ports.scheduler_input_ipc_name)
+        self.inbox = self.context.socket(zmq.PULL)
+        self.inbox.bind(ports.tokenizer_ipc_name)
+        server_args = ServerArgs(model_path=str(model), device="cpu", max_running_requests=2, **args)
+        self.process = multiprocessing.get_context("spawn").Process(
+            target=run_scheduler_process, args=(server_args, ports)
+        )
+        self.process.start()
+
+    def send(self, message: Any) -> None:
+        self.outbox.send(msgspec.msgpack.encode(message))
+
+    def receive(self) -> FromScheduler:
+        assert self.inbox.poll(TIMEOUT_MS), "no message"
+        return msgspec.msgpack.decode(self.inbox.recv(), type=FromScheduler)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.context.destroy(linger=0)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    peers: list[Peer] = []
+
+    def launch(model: Path | str, **args: Any) -> Peer:
+        peers.append(Peer(model, tmp_path, **args))
+        return peers[-1]
+
+    yield launch
+    for peer in peers:
+        peer.close()
+
+
+def test_serves_until_it_cannot(start: Any, dummy_model: Path) -> None:
+    peer = start(dummy_model, max_total_tokens=1024)
+    assert peer.receive() == SchedulerReady(1024, 1023, 2048)
+    params = SamplingParams(temperature=0, max_new_tokens=5, ignore_eos=True)
+    good = TokenizedGenerateReqInput(rid="good", input_ids=[1, 2, 3], sampling_params=params)
+    unreadable = msgspec.to_builtins(good) | {"rid": "bad", "input_ids": "text"}
+
+    peer.send(unreadable)
+    answer = peer.receive()
+    assert isinstance(answer, BatchOutput)
+    (output,) = answer.outputs
+    assert (output.rid, output.finish_reason["status_code"]) == ("bad", 400)
+    assert "input_ids" in output.finish_reason["message"]
+
+    peer.send(good)
+    tokens: list[int] = []
+    reason = None
+    while reason is None:
+        (output,) = peer.receive().outputs
+        tokens += output.output_ids
+        reason = output.finish_reason
+    assert (len(tokens), reason) == (5, {"type": "length", "length": 5})
+
+    peer.send(FlushCacheReqInput("flush"))
+    assert peer.receive() == FlushCacheReqOutput("flush", True)
+
+    peer.send(["not", "a", "message"])  # about no request: something is wrong with the engine itself
+    failure = peer.receive()
+    assert isinstance(failure, SchedulerFailed)
+    assert "ValidationError" in failure.message
+    peer.process.join(10)
+    assert peer.process.exitcode == 1
+
+
+def test_says_why_it_cannot_start(start: Any, tmp_path: Path) -> None:
+    peer = start(tmp_path / "no-model")
+    failure = peer.receive()
+    assert isinstance(failure, SchedulerFailed)
+    assert "no-model" in failure.message
+    peer.process.join(10)
+    assert peer.process.exitcode == 1
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time
+from sglang.srt.managers.scheduler import run_scheduler_process
+from sglang.srt.server_args import PortArgs, ServerArgs
+if __name__ == "__main__":
+    args = ServerArgs(model_path=sys.argv[1], device="cpu", disable_cuda_graph=True)
+    ports = PortArgs(sys.argv[2], sys.argv[3])
+    child = multiprocessing.get_context("spawn").Process(target=run_scheduler_process, args=(args, ports))
+    child.start()
+    print(child.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_ends_when_its_parent_is_killed(dummy_model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(ORPHAN)
+    addresses = [f"ipc://{tmp_path}/{name}" for name in ("in", "out")]
+    with zmq.Context() as context, context.socket(zmq.PULL) as inbox:
+        inbox.bind(addresses[1])
+        command = [sys.executable, str(script), str(dummy_model), *addresses]
+        parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            child = int(parent.stdout.readline())
+            assert inbox.poll(TIMEOUT_MS), "the scheduler did not start"
+            message = msgspec.msgpack.decode(inbox.recv(), type=FromScheduler)
+            assert isinstance(message, SchedulerReady)
+        finally:
+            parent.kill()
+            parent.wait()
+    deadline = time.monotonic() + 20
+    while is_running(child):
+        assert time.monotonic() < deadline, "the scheduler outlives its parent"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rsplit(")")[-1].split()[0] == "Z")
