@@ -1,18 +1,20 @@
-"""Kernels of libraries on a GPU, each against torch: FlashInfer and FlashMLA attention, FlashInfer's filters and
-norm, DeepGEMM's schedule. What is not installed is skipped, with the reason."""
+"""Kernels of libraries on a GPU, each against torch: FlashInfer and FlashMLA attention, FlashInfer's filters
+and norm, DeepGEMM's schedule. What is not installed is skipped, with the reason."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sglang.srt.layers.attention.nsa.dims import AttentionDims
+from sglang.srt.layers.attention.nsa.fp8_kv import dequantize_kv, quantize_kv
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode, MetadataShape
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataSelection
-from sglang.srt.layers.attention.nsa.schedules import paged_mqa_logits_schedule
+from sglang.srt.layers.attention.nsa.schedules import NO_PLAN, paged_mqa_logits_schedule
 from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
 from sglang.srt.layers.attention.registry import SparseAttentionOps, select_attention_ops
 from sglang.srt.layers.layernorm import RMSNorm, flashinfer_rmsnorm
@@ -25,7 +27,7 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 LATENT, ROPE, SLOTS = 512, 64, 1 << 14
-LIBRARIES = ("flashinfer", "flashmla_sparse")
+LIBRARIES = ("flashinfer", "flashmla_sparse", "flashmla_kv")
 
 
 def dims_of(heads: int, topk: int) -> AttentionDims:
@@ -65,9 +67,12 @@ CASES = [
 
 
 class Problem:
-    """Random queries over a random cache whose slot 0, that of padded rows, holds NaN."""
+    """Random queries over a random cache whose slot 0, that of padded rows, holds NaN.
 
-    def __init__(self, case: LengthsCase, backends: int = 1) -> None:
+    `cache` is what the implementation `name` reads, `kv` the same as the reference reads it.
+    """
+
+    def __init__(self, name: str, case: LengthsCase, backends: int = 1) -> None:
         self.case, self.dims = case, dims_of(case.heads, case.topk)
         generator = torch.Generator(CUDA).manual_seed(len(case.lengths))
         self.generator = generator
@@ -79,6 +84,10 @@ class Problem:
         self.q = [normal(rows, case.heads, LATENT + ROPE) for _ in range(backends)]
         self.kv = normal(SLOTS, LATENT + ROPE)
         self.kv[0] = float("nan")
+        self.cache = self.kv
+        if name == "flashmla_kv":
+            self.cache = quantize_kv(self.kv[:, :LATENT], self.kv[:, LATENT:])
+            self.kv = dequantize_kv(self.cache).bfloat16()
         self.slots = [torch.empty((rows, case.topk), dtype=torch.int32, device=CUDA) for _ in range(backends)]
 
     def fill_slots(self, lengths: list[list[int]]) -> None:
@@ -92,10 +101,11 @@ class Problem:
 
     def inputs(self, backend: int = 0) -> tuple[torch.Tensor, ...]:
         q = self.q[backend]
-        return q[..., :LATENT], q[..., LATENT:], self.kv, self.slots[backend], self.dims.softmax_scale
+        return q[..., :LATENT], q[..., LATENT:], self.cache, self.slots[backend], self.dims.softmax_scale
 
     def check(self, out: torch.Tensor, backend: int = 0) -> None:
-        expected = sparse_mla(*self.inputs(backend))
+        q_nope, q_rope, _, slots, scale = self.inputs(backend)
+        expected = sparse_mla(q_nope, q_rope, self.kv, slots, scale)
         torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)
 
 
@@ -122,7 +132,7 @@ def planned_graph(
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_library_attends_like_the_reference(name: str, case: LengthsCase) -> None:
-    problem = Problem(case)
+    problem = Problem(name, case)
     ops = ops_of(name, problem.dims)
     problem.fill_slots([list(case.lengths)])
     seq_lens = torch.tensor(case.lengths, dtype=torch.int32, device=CUDA)
@@ -140,7 +150,7 @@ def test_a_captured_graph_follows_the_lengths_of_every_backend(name: str, layout
     """Seven draft steps in one graph: each follows when the lengths change."""
     offsets = tuple(range(1, 8))
     case = LengthsCase("graph", (1, 1, 1, 1), heads=128, topk=512)
-    problem = Problem(case, backends=len(offsets))
+    problem = Problem(name, case, backends=len(offsets))
     ops = ops_of(name, problem.dims)
     bs = len(case.lengths)
     seq_lens = torch.ones(bs, dtype=torch.int32, device=CUDA)
@@ -179,13 +189,17 @@ def test_no_rows_are_legal(name: str) -> None:
     assert out.shape == (0, 128, LATENT)
 
 
-def test_flashmla_serves_prefill() -> None:
+@pytest.mark.parametrize("name", ["flashmla_sparse", "flashmla_kv"])
+def test_flashmla_serves_prefill(name: str) -> None:
     dims = dims_of(128, 2048)
-    ops_of("flashmla_sparse", dims)
-    ops = select_attention_ops("flashmla_sparse", CUDA, "prefill", dims)
-    problem = Problem(LengthsCase("chunk", tuple(range(1, 400))))
-    problem.fill_slots([list(problem.case.lengths)])
-    problem.check(ops.sparse_mla(*problem.inputs()))
+    ops_of(name, dims)
+    ops = select_attention_ops(name, CUDA, "prefill", dims)
+    problem = Problem(name, LengthsCase("chunk", tuple(range(1, 400))))
+    lengths = list(problem.case.lengths)
+    problem.fill_slots([lengths])
+    ragged = SimpleNamespace(nsa_seqlens_expanded=torch.tensor(lengths, dtype=torch.int32, device=CUDA))
+    plan = NO_PLAN if ops.planner is None else ops.planner(ragged)
+    problem.check(ops.sparse_mla(*problem.inputs(), plan))
 
 
 # ---- sampling
@@ -205,8 +219,11 @@ def test_flashinfer_keeps_the_tokens_that_torch_keeps(
 ) -> None:
     """But for tokens next to the limit of top-p, whose sums of probabilities are rounded differently."""
     generator = torch.Generator(CUDA).manual_seed(vocab)
-    limits = [(1.0, 0, 0.0), (0.9, 0, 0.0), (0.3, 0, 0.0), (1.0, 1, 0.0), (1.0, 40, 0.0),
-              (1.0, vocab + 5, 0.0), (0.8, 20, 0.0), (0.95, 50, 0.05), (1.0, 0, 0.2), (0.001, 0, 0.0)]  # fmt: skip
+    limits = [
+        *((1.0, 0, 0.0), (0.9, 0, 0.0), (0.3, 0, 0.0), (0.001, 0, 0.0)),
+        *((1.0, 1, 0.0), (1.0, 40, 0.0), (1.0, vocab + 5, 0.0)),
+        *((0.8, 20, 0.0), (0.95, 50, 0.05), (1.0, 0, 0.2)),
+    ]
     scores = 4 * torch.randn((len(limits), vocab), generator=generator, device=CUDA)
     top_p, top_k, min_p = (torch.tensor(values, device=CUDA) for values in zip(*limits))
     arguments = scores, top_p, top_k.long(), min_p

@@ -17,7 +17,7 @@ from sglang.srt.layers.attention.nsa.flashinfer_library import load_flashinfer
 from sglang.srt.layers.attention.nsa.flashmla_library import FlashMLALibrary, load_flashmla
 from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
 from sglang.srt.layers.attention.nsa.sparse_mla_flashinfer import FlashInferSparseMLA, read_plan
-from sglang.srt.layers.attention.nsa.sparse_mla_flashmla import FlashMLASparse, padded_heads
+from sglang.srt.layers.attention.nsa.sparse_mla_flashmla import FlashMLAKV, FlashMLASparse, padded_heads
 from sglang.srt.layers.attention.registry import IMPLEMENTATIONS, select_attention_ops
 from sglang.srt.server_args import NSA_BACKENDS
 
@@ -74,7 +74,7 @@ def test_flashinfer_does_not_serve_prefill() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG_DIMS)
-@pytest.mark.parametrize("implementation", ["flashinfer", "flashmla_sparse"])
+@pytest.mark.parametrize("implementation", ["flashinfer", "flashmla_sparse", "flashmla_kv"])
 def test_a_model_that_a_library_cannot_serve_is_named(implementation: str, name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"needs {name} .*, got {value}"):
         select_attention_ops(implementation, CUDA, "decode", replace(DEEPSEEK, **{name: value}))
@@ -140,14 +140,10 @@ def test_flashmla_missing_or_unloadable_is_an_import_error(empty_site: Path) -> 
 
 
 @pytest.mark.skipif(carries_flashmla(), reason="FlashMLA is installed")
-def test_flashmla_asked_for_by_name_names_the_reason(empty_site: Path) -> None:
-    with pytest.raises(ImportError, match="flashmla_sparse for decode: FlashMLA is not available"):
-        select_attention_ops("flashmla_sparse", CUDA, "decode", DEEPSEEK)
-
-
-def test_flashmla_kv_is_refused_at_start() -> None:
-    with pytest.raises(ImportError, match=r"flashmla_kv for decode: .* cache in FP8"):
-        select_attention_ops("flashmla_kv", CUDA, "decode", DEEPSEEK)
+@pytest.mark.parametrize("name", ["flashmla_sparse", "flashmla_kv"])
+def test_flashmla_asked_for_by_name_names_the_reason(empty_site: Path, name: str) -> None:
+    with pytest.raises(ImportError, match=f"{name} for decode: FlashMLA is not available"):
+        select_attention_ops(name, CUDA, "decode", DEEPSEEK)
 
 
 @pytest.mark.parametrize("version", ["0.2.8", "0.6.10.post1", "0.6.10rc3"])
@@ -197,6 +193,11 @@ def test_flashmla_gets_the_shapes_it_wants(heads: int) -> None:
     out = attention.sparse_mla(q_nope, q_rope, kv, slots, 0.1)
     assert torch.equal(out, sparse_mla(q_nope, q_rope, kv, slots, 0.1))
     assert attention.sparse_mla(q_nope[:0], q_rope[:0], kv, slots[:0], 0.1).shape == (0, heads, 512)
+
+
+def test_flashmla_kv_without_a_known_decode_kernel_is_an_import_error() -> None:
+    with pytest.raises(ImportError, match="a package has no decode kernel"):
+        FlashMLAKV(DEEPSEEK, CPU, FlashMLALibrary("a package", sparse_mla))
 
 
 PLAN_FIELDS = 18

@@ -20,7 +20,8 @@ from sglang.srt.layers.sampler import sample
 from sglang.srt.layers.sampler_flashinfer import select_keep_mask
 from sglang.srt.managers.io_struct import TokenLogprob
 from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, Req, StepOutput
-from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.fp8_kv_pool import kv_pool_class
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.graph_runner import StepInputs, capture_batch_sizes
@@ -70,6 +71,7 @@ class TpModelWorker:
         self.vocab_size = config.vocab_size
         self.eos_token_ids = frozenset(config.eos_token_ids)
         self.page_size = server_args.page_size
+        self.kv_pool_class = kv_pool_class(server_args)
         self.keep_mask = select_keep_mask(server_args.sampling_backend, self.device)
         target, nextn = load_model(
             config,
@@ -156,8 +158,11 @@ class TpModelWorker:
 
     def _bytes_per_token(self) -> int:
         config = self.config
-        width = config.kv_lora_rank + config.qk_rope_head_dim + config.index_head_dim
-        return width * config.dtype.itemsize * (config.num_hidden_layers + config.num_nextn_predict_layers)
+        kv_width, kv_dtype = self.kv_pool_class.kv_format(
+            config.kv_lora_rank, config.qk_rope_head_dim, config.dtype
+        )
+        per_layer = kv_width * kv_dtype.itemsize + config.index_head_dim * config.dtype.itemsize
+        return per_layer * (config.num_hidden_layers + config.num_nextn_predict_layers)
 
     def _nsa_config(self) -> NSAConfig:
         args = self.server_args
@@ -181,7 +186,7 @@ class TpModelWorker:
 
     def _runner(self, model: torch.nn.Module, layers: int) -> ModelRunner:
         config = self.config
-        kv_pool = MLATokenToKVPool(
+        kv_pool = self.kv_pool_class(
             self.num_pages,
             self.page_size,
             layers,

@@ -59,13 +59,18 @@ class MLATokenToKVPool:
         self.size = num_pages * page_size
         self.kv_lora_rank = kv_lora_rank
         slots = (num_pages + 1) * page_size  # page 0 is the padding
+        kv_width, kv_dtype = self.kv_format(kv_lora_rank, qk_rope_head_dim, dtype)
         self.kv_buffer = [
-            torch.zeros((slots, kv_lora_rank + qk_rope_head_dim), dtype=dtype, device=device)
-            for _ in range(layer_num)
+            torch.zeros((slots, kv_width), dtype=kv_dtype, device=device) for _ in range(layer_num)
         ]
         self.index_k_buffer = [
             torch.zeros((slots, index_head_dim), dtype=dtype, device=device) for _ in range(layer_num)
         ]
+
+    @staticmethod
+    def kv_format(kv_lora_rank: int, qk_rope_head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """Elements of a slot of `kv_buffer`, and their dtype."""
+        return kv_lora_rank + qk_rope_head_dim, dtype
 
     def set_mla_kv_buffer(
         self, layer_id: int, loc: torch.Tensor, kv_latent: torch.Tensor, k_rope: torch.Tensor

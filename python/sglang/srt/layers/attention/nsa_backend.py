@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -105,7 +105,7 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """The metadata of an eager pass."""
         if forward_batch.forward_mode.is_extend():
-            self.forward_metadata = _ragged_metadata(forward_batch)
+            self.forward_metadata = _ragged_metadata(self.config, forward_batch)
         else:
             self.forward_metadata = _eager_metadata(self.config, metadata_inputs(self.config, forward_batch))
 
@@ -176,18 +176,20 @@ def metadata_inputs(config: NSAConfig, forward_batch: ForwardBatch) -> MetadataI
     )
 
 
-def _ragged_metadata(forward_batch: ForwardBatch) -> RaggedMetadata:
+def _ragged_metadata(config: NSAConfig, forward_batch: ForwardBatch) -> RaggedMetadata:
     req_to_token = forward_batch.req_to_token_pool.req_to_token
     device = req_to_token.device
     rows = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int64, device=device)  # [bs]
     width = max(forward_batch.seq_lens_cpu, default=0)
-    return RaggedMetadata(
+    metadata = RaggedMetadata(
         page_table_1=req_to_token[:, :width].index_select(0, forward_batch.req_pool_indices),
         nsa_seqlens_expanded=(forward_batch.positions + 1).to(torch.int32),
         table_rows=torch.repeat_interleave(
             torch.arange(len(rows), device=device), rows, output_size=forward_batch.input_ids.shape[0]
         ),
     )
+    planner = config.prefill_ops.planner
+    return metadata if planner is None else replace(metadata, plan=planner(metadata))
 
 
 def _live_width(lengths: torch.Tensor, page_table: torch.Tensor) -> int:

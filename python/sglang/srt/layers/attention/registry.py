@@ -75,7 +75,12 @@ def _flashmla_sparse_ops(dims: AttentionDims | None, device: torch.device) -> Sp
 
 
 def _flashmla_kv_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
-    raise ImportError("flashmla_kv needs a key-value cache in FP8, which this runtime does not have")
+    from sglang.srt.layers.attention.nsa.sparse_mla_flashmla import FlashMLAKV
+
+    attention = FlashMLAKV(dims, device)
+    from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
+
+    return SparseAttentionOps("flashmla_kv", select_topk, attention.sparse_mla, attention.plan)
 
 
 @dataclass(frozen=True)

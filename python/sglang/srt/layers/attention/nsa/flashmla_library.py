@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,11 +22,17 @@ HEAD_COUNTS = (64, 128)  # that the kernels are compiled for
 
 @dataclass(frozen=True)
 class FlashMLALibrary:
-    """The sparse prefill kernel: attends to the given rows of a bfloat16 cache."""
+    """The kernels with the real sgl-kernel's arguments; each returns its result first."""
 
     source: str
-    # (q [T, H, 576], kv [slots, 1, 576], indices [T, 1, topk] int32, scale, 512) -> (out [T, H, 512], ...)
-    sparse_fwd: Callable[..., tuple[torch.Tensor, ...] | list[torch.Tensor]]
+    # Attends over a bfloat16 cache:
+    # (q [T, H, 576], kv [slots, 1, 576], indices [T, 1, topk] int32, scale, 512) -> [out [T, H, 512], ...]
+    sparse_fwd: Callable[..., Sequence[torch.Tensor]]
+    # Divides decode's work: (lens [T] int32, H, 1, H, is_fp8, topk) -> [metadata [parts, 8], splits [T + 1]]
+    decode_metadata: Callable[..., Sequence[torch.Tensor]] | None = None
+    # Attends over an FP8 cache: (q [T, 1, H, 576], kv [blocks, 64, 1, 656], 512, lens, block table [T, 0],
+    # scale, causal, metadata, splits, is_fp8, indices [T, 1, topk]) -> [out [T, 1, H, 512], ...]
+    decode: Callable[..., Sequence[torch.Tensor]] | None = None
 
 
 @functools.cache
@@ -55,9 +61,15 @@ def _from_distribution(name: str) -> FlashMLALibrary:
         raise ImportError(f"version {distribution.version} carries no flashmla_ops")
     torch.ops.load_library(str(paths[0]))
     operators = torch.ops.sgl_kernel
-    return FlashMLALibrary(f"{name} {distribution.version}", operators.sparse_prefill_fwd.default)
+    return FlashMLALibrary(
+        f"{name} {distribution.version}",
+        operators.sparse_prefill_fwd.default,
+        operators.get_mla_decoding_metadata.default,
+        operators.fwd_kvcache_mla.default,
+    )
 
 
 def _from_module(name: str) -> FlashMLALibrary:
+    """A package of its own, whose decode has changed its arguments too often to rely on."""
     module = importlib.import_module(name)
     return FlashMLALibrary(name, module.flash_mla_sparse_fwd)

@@ -1,18 +1,23 @@
-"""Sparse MLA with DeepSeek's FlashMLA (https://github.com/deepseek-ai/FlashMLA), over the bfloat16 cache."""
+"""Sparse MLA with DeepSeek's FlashMLA (https://github.com/deepseek-ai/FlashMLA)."""
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
 
 from .dims import AttentionDims
 from .flashmla_library import HEAD_COUNTS, FlashMLALibrary, load_flashmla
+from .metadata import NSAFlashMLAMetadata, NSAMetadata
+from .schedules import NO_PLAN, KernelPlan
 
 logger = logging.getLogger(__name__)
 
 LATENT, ROPE = 512, 64  # the only dimensions that FlashMLA is compiled for
 TOPK_MULTIPLE = 128  # two blocks of 64 slots at a time
+FP8_BLOCK = 64  # slots in a page of the FP8 cache
+PLANS_KEPT = 64  # of eager passes; a captured graph keeps its own
 
 
 def padded_heads(dims: AttentionDims) -> int:
@@ -26,6 +31,17 @@ def padded_heads(dims: AttentionDims) -> int:
     raise ValueError(
         f"FlashMLA needs num_attention_heads at most {HEAD_COUNTS[-1]}, got {dims.num_attention_heads}"
     )
+
+
+def padded_query(q_nope: torch.Tensor, q_rope: torch.Tensor, padded: int) -> torch.Tensor:
+    """[T, padded heads, 576]; the heads beyond the model's are zeros."""
+    rows, heads, _ = q_nope.shape
+    if heads == padded:
+        return torch.cat((q_nope, q_rope), dim=-1)
+    q = q_nope.new_zeros((rows, padded, LATENT + ROPE))
+    q[:, :heads, :LATENT] = q_nope
+    q[:, :heads, LATENT:] = q_rope
+    return q
 
 
 class FlashMLASparse:
@@ -53,16 +69,66 @@ class FlashMLASparse:
         if rows == 0:
             return torch.zeros_like(q_nope)
         out = self.library.sparse_fwd(
-            self._padded(q_nope, q_rope), kv_buffer[:, None], topk_slots[:, None], softmax_scale, LATENT
+            padded_query(q_nope, q_rope, self.heads),
+            kv_buffer[:, None],
+            topk_slots[:, None],
+            softmax_scale,
+            LATENT,
         )[0]
         return out[:, :heads].masked_fill((topk_slots[:, 0] < 0)[:, None, None], 0.0)
 
-    def _padded(self, q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
-        """[T, padded heads, 576]; the heads beyond the model's are zeros."""
+
+class FlashMLAKV:
+    """`sparse_mla` over FlashMLA's decode kernel and a cache in FP8 (`fp8_kv.py`), for prefill and decode.
+
+    Raises as FlashMLASparse does.
+    """
+
+    def __init__(
+        self, dims: AttentionDims, device: torch.device, library: FlashMLALibrary | None = None
+    ) -> None:
+        self.heads = padded_heads(dims)
+        self.topk, self.device = dims.index_topk, device
+        self.library = library or load_flashmla()
+        if self.library.decode is None:
+            raise ImportError(f"{self.library.source} has no decode kernel with the arguments of sgl-kernel")
+        self.rows_plan = functools.lru_cache(maxsize=PLANS_KEPT)(self._plan_rows)
+        logger.info("FlashMLA from %s", self.library.source)
+
+    def plan(self, metadata: NSAMetadata) -> KernelPlan:
+        """Every row counts as topk keys, so the plan depends on the number of rows alone."""
+        rows = metadata.nsa_seqlens_expanded.shape[0]
+        return self.rows_plan(rows) if rows else NO_PLAN
+
+    def _plan_rows(self, rows: int) -> KernelPlan:
+        lengths = torch.full((rows,), self.topk, dtype=torch.int32, device=self.device)
+        schedule = self.library.decode_metadata(lengths, self.heads, 1, self.heads, True, self.topk)
+        return KernelPlan(NSAFlashMLAMetadata(*schedule), state=lengths)
+
+    def sparse_mla(
+        self,
+        q_nope: torch.Tensor,  # [T, H, 512], bfloat16
+        q_rope: torch.Tensor,  # [T, H, 64]
+        kv_buffer: torch.Tensor,  # [slots, 656], uint8: `fp8_kv.py`; slots is a multiple of 64
+        topk_slots: torch.Tensor,  # [T, topk], int32: those that count first, then -1
+        softmax_scale: float,
+        plan: KernelPlan = NO_PLAN,
+    ) -> torch.Tensor:
+        """As `sparse_mla.sparse_mla`: mixed latents [T, H, 512]; zeros for a row without any slot."""
         rows, heads, _ = q_nope.shape
-        if heads == self.heads:
-            return torch.cat((q_nope, q_rope), dim=-1)
-        q = q_nope.new_zeros((rows, self.heads, LATENT + ROPE))
-        q[:, :heads, :LATENT] = q_nope
-        q[:, :heads, LATENT:] = q_rope
-        return q
+        if rows == 0:
+            return torch.zeros_like(q_nope)
+        out = self.library.decode(
+            padded_query(q_nope, q_rope, self.heads)[:, None],
+            kv_buffer.view(torch.float8_e4m3fn).view(-1, FP8_BLOCK, 1, kv_buffer.shape[1]),
+            LATENT,
+            plan.state,
+            topk_slots.new_empty((rows, 0)),  # no block table: the slots say it all
+            softmax_scale,
+            False,  # causal
+            plan.flashmla_metadata.flashmla_metadata,
+            plan.flashmla_metadata.num_splits,
+            True,  # FP8
+            topk_slots[:, None],
+        )[0]
+        return out[:, 0, :heads].masked_fill((topk_slots[:, 0] < 0)[:, None, None], 0.0)
