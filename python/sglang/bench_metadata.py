@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -27,7 +28,7 @@ from sglang.benchmark_metadata.report import environment, header
 from sglang.benchmark_metadata.run import Settings, run_grid
 
 _CPU_BYTES = 4 << 30
-_LINE_SECONDS = {"quick": 0.05, "full": 0.08, "h200": 0.02}  # in each of the rounds
+_LINE_SECONDS = {"quick": 0.1, "full": 0.1, "h200": 0.02}  # in each of the rounds
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     if args.replot is not None:
         return _plot(json.loads(args.replot.read_text()), args.plot)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write into the progress bar
     torch.set_num_threads(args.threads)
     print("  ".join(f"{name}: {value}" for name, value in environment(device).items()))
     if args.soak is not None:

@@ -106,7 +106,9 @@ def _bars(results: list[Result], where: str, path: Path) -> Path:
         axes.barh(y, r["completion_us"], color=colour, height=0.7)
         axes.plot([r["enqueue_us"]] * 2, [y - 0.35, y + 0.35], color="black", linewidth=2)
         ratio = f"  ({r['ratio']:.1f}x)" if r["ratio"] else ""
-        launches = "" if r["launches"] is None else f", {r['launches']:.0f} launches"
+        what = "launch" if r["device"] == "cuda" else "operator"
+        count = round(r["launches"] or 0)
+        launches = f", {count} {what}{'' if count == 1 else 'es' if what == 'launch' else 's'}"
         axes.text(r["completion_us"] + longest * 0.01, y, f"{r['completion_us']:.1f} us{ratio}{launches}",
                   va="center", fontsize=8)  # fmt: skip
     axes.set_yticks(range(len(entries)), [name for name, _, _ in entries], fontsize=9)

@@ -14,6 +14,7 @@ from sglang.srt.layers.attention.nsa.paths import PATHS, GraphMetadata, Metadata
 from sglang.srt.layers.attention.nsa.replicate import COPIERS, FusedCopier, Region
 
 from .cases import BenchCase, BenchInputs
+from .measure import capture_graph
 
 POISON = -0x5A5A5A5B
 
@@ -132,13 +133,13 @@ class Subject:
 
     def capture(self, times: int = 1) -> torch.cuda.CUDAGraph:
         """A CUDA graph of `times` generations and nothing else."""
-        self.run_in_graph()
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        self.run_in_graph()  # whatever is lazy happens outside of the capture
+
+        def generations() -> None:
             for _ in range(times):
                 self.run_in_graph()
-        return graph
+
+        return capture_graph(generations, self.device)
 
     def check(self) -> None:
         """Every set of inputs, with poison in all buffers before: raises where one live element differs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,12 @@ from tqdm import tqdm
 
 from .cases import BenchCase, BenchInputs
 from .measure import (
+    Activity,
     Budget,
+    Timing,
+    capture_graph,
     copy_bandwidth,
     count_activity,
-    empty_graph,
     graph_time_us,
     measure,
     measure_all,
@@ -64,7 +67,7 @@ def _run_case(case: BenchCase, settings: Settings, bar: tqdm) -> Iterator[Row]:
         row = rows[route]
         row.ratio = round(baseline / row.completion_us, 3) if baseline else None
         yield row
-    yield from _floors(case, inputs, settings, baseline)
+    yield from _floors(case, settings, baseline)
 
 
 def _prepare(
@@ -128,24 +131,16 @@ def _measure_graph(subject: Subject, row: Row, settings: Settings) -> None:
     one, many = subject.capture(), subject.capture(_NODES)
     raw = graph_time_us(one, device)
     row.gpu_raw_us = round(raw, 2)
-    row.gpu_us = round(max(raw - graph_time_us(empty_graph(), device), 0.0), 2)
+    row.gpu_us = round(max(raw - graph_time_us(capture_graph(lambda: None, device), device), 0.0), 2)
     row.gpu_node_us = round((graph_time_us(many, device) - raw) / (_NODES - 1), 2)
 
 
-def _floors(
-    case: BenchCase, inputs: BenchInputs, settings: Settings, baseline: float | None
-) -> Iterator[Row]:
+def _floors(case: BenchCase, settings: Settings, baseline: float | None) -> Iterator[Row]:
     """What no path can beat: a launch that does nothing, one small copy, the bytes at full bandwidth."""
     device = settings.device
-    source = torch.zeros(case.bs, dtype=torch.int32, device=device)
-    target = torch.zeros_like(source)
-    calls = {"copy_": lambda: target.copy_(source)}
-    if device.type == "cuda":
-        calls["empty"] = lambda: torch.cuda._sleep(0)
-        calls["graph"] = empty_graph().replay
-    for name, activity in zip(calls, count_activity(list(calls.values()), device)):
+    for name, timing, activity in _small_calls(case.bs, device, settings.budget):
         row = _floor(case, name, device)
-        row.set_timing(measure(calls[name], inputs.load, device, settings.budget))
+        row.set_timing(timing)
         row.launches, row.kernel_us, row.gpu_us = activity.count, activity.kernel_us, activity.kernel_us
         row.bytes = 8 * case.bs if name == "copy_" else 0
         row.ratio = round(baseline / row.completion_us, 3) if baseline else None
@@ -158,6 +153,20 @@ def _floors(
         row.completion_us = round(row.bytes / copy_bandwidth(device, size) * 1e6, 2)
         row.gpu_us = row.completion_us if device.type == "cuda" else None
         yield row
+
+
+@functools.cache
+def _small_calls(bs: int, device: torch.device, budget: Budget) -> list[tuple[str, Timing, Activity]]:
+    """One `copy_` of bs int32; on CUDA also an empty kernel and the replay of an empty graph."""
+    source = torch.zeros(bs, dtype=torch.int32, device=device)
+    target = torch.zeros_like(source)
+    calls = {"copy_": lambda: target.copy_(source)}
+    if device.type == "cuda":
+        calls["empty"] = lambda: torch.cuda._sleep(0)
+        calls["graph"] = capture_graph(lambda: None, device).replay
+    found = count_activity(list(calls.values()), device)
+    timings = measure_all(list(calls.values()), lambda _: None, device, budget)
+    return list(zip(calls, timings, found))
 
 
 def _floor(case: BenchCase, name: str, device: torch.device) -> Row:
