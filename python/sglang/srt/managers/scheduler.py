@@ -29,7 +29,7 @@ from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, R
 from sglang.srt.managers.scheduler_link import ParentDied, SchedulerLink, ZmqLink, aborted
 from sglang.srt.managers.stop_checker import StopChecker
 from sglang.srt.mem_cache.allocator import PageAllocator
-from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 from sglang.srt.mem_cache.request_memory import RequestMemory
 from sglang.srt.server_args import PortArgs, ServerArgs
 
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PREFILL_TOKENS = 16384  # of several prompts in one pass where prompts are not cut into chunks
 THROUGHPUT_WINDOW_S = 2.0
+
+PageKey = tuple[TreeNode, tuple[int, ...]]  # a page of the cache: its parent and its key
 
 
 class Scheduler:
@@ -182,39 +184,40 @@ class Scheduler:
 
     def schedule_prefill(self) -> list[PrefillChunk]:
         """The partial request first, then those that wait, in their order, while tokens and memory last."""
-        budget = self.chunked_prefill_size if self.chunked_prefill_size > 0 else MAX_PREFILL_TOKENS
+        whole = self.chunked_prefill_size <= 0
+        budget = MAX_PREFILL_TOKENS if whole else self.chunked_prefill_size
         chunks: list[PrefillChunk] = []
-        shared: list[Req] = []  # will find in the cache what this pass computes: better off in the next one
+        coming: set[PageKey] = set()  # what the chunks will put into the cache first
+        shared: list[Req] = []  # lack such a page: better off in the next pass, when it is there
         while budget > 0:
             if self.partial is not None:
                 req, self.partial = self.partial, None
             elif not self.waiting:
                 break
-            elif self.shares_with(self.waiting[0], chunks):
+            elif coming and self.next_page(self.waiting[0]) in coming:
                 shared.append(self.waiting.popleft())
                 continue
             elif self.admit(self.waiting[0], len(chunks)):
                 req = self.waiting.popleft()
             else:
                 break
-            whole = self.chunked_prefill_size <= 0
+            if (page := self.next_page(req)) is not None:
+                coming.add(page)
             chunk = next_chunk(req, req.seqlen if whole else budget)
             budget -= len(chunk.tokens)
             chunks.append(chunk)
         self.waiting.extendleft(reversed(shared))
         return chunks
 
-    def shares_with(self, req: Req, chunks: list[PrefillChunk]) -> bool:
-        """Whether the first page that `req` lacks in the cache is the next one of a chunk's request."""
+    def next_page(self, req: Req) -> PageKey | None:
+        """The first full page of a request that the cache does not have; None: it would not look for one."""
         cache = self.memory.cache
-        if not chunks or not cache.enabled or req.logprob_start_len >= 0:
-            return False
-        node = cache.match(req.token_ids)
-        key = cache.key(req.token_ids, node.depth)
-        return len(key) == cache.page_size + cache.lookahead_tokens and any(
-            chunk.req.cache_node is node and cache.key(chunk.req.token_ids, node.depth) == key
-            for chunk in chunks
-        )
+        if not cache.enabled or req.logprob_start_len >= 0:
+            return None
+        tokens = req.token_ids
+        node = req.cache_node or cache.match(tokens)
+        key = cache.key(tokens, node.depth)
+        return (node, key) if len(key) == cache.page_size + cache.lookahead_tokens else None
 
     def admit(self, req: Req, num_admitted: int) -> bool:
         """Leaves a page for each running request, or the next decode steps would retract this one."""
@@ -305,7 +308,7 @@ class Scheduler:
             self.link.send(BatchOutput(self.outputs))
             self.outputs = []
             if self.is_idle:
-                self.leak = self.check_memory()
+                self.leak = None if self.memory.is_balanced else self.check_memory()
                 if self.leak is not None:
                     logger.error("memory is not accounted for: %s", self.leak)
 
