@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -151,6 +152,20 @@ def test_an_old_flashinfer_is_an_import_error(empty_site: Path, version: str) ->
     install(empty_site, "flashinfer-python", version)
     with pytest.raises(ImportError, match=f"flashinfer-python 0.6.11 or later is needed, found {version}"):
         load_flashinfer("mla")
+
+
+def test_a_flashinfer_that_breaks_at_import_is_an_import_error(empty_site: Path) -> None:
+    install(empty_site, "flashinfer-python", "0.6.11")
+    (empty_site / "flashinfer").mkdir()
+    (empty_site / "flashinfer" / "__init__.py").write_text("raise AttributeError('no such driver')")
+    loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "flashinfer"}
+    try:
+        with pytest.raises(
+            ImportError, match=r"0\.6\.11 does not import: AttributeError\('no such driver'\)"
+        ):
+            load_flashinfer("mla")
+    finally:
+        sys.modules.update(loaded)
 
 
 @pytest.mark.skipif(installed("flashinfer"), reason="flashinfer is installed")

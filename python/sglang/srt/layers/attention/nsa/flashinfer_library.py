@@ -21,4 +21,7 @@ def load_flashinfer(submodule: str) -> ModuleType:
     if tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST_VERSION:
         oldest = ".".join(map(str, OLDEST_VERSION))
         raise ImportError(f"flashinfer-python {oldest} or later is needed, found {version}")
-    return importlib.import_module(f"flashinfer.{submodule}")
+    try:
+        return importlib.import_module(f"flashinfer.{submodule}")
+    except Exception as error:  # it imports much that may be missing or broken in ways of its own
+        raise ImportError(f"flashinfer-python {version} does not import: {error!r}") from error
