@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,10 +41,14 @@ def run_grid(cases: Sequence[BenchCase], settings: Settings) -> list[Row]:
     rows: list[Row] = []
     total = sum(len(routes_of(case)) for case in cases)
     with tqdm(total=total, desc="metadata", unit="row", smoothing=0.1) as bar:
+        gc.collect()
+        gc.freeze()  # what is there now stays: collecting what a case leaves behind is quick
         for case in cases:
             for row in _run_case(case, settings, bar):
                 rows.append(row)
                 tqdm.write(line(row))
+            gc.collect()  # the plans of a case hold its page tables
+        gc.unfreeze()
     return rows
 
 
