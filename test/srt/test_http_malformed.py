@@ -122,6 +122,8 @@ CASES = [
     Bad(GENERATE, {"text": ["a", "b"], "rid": ["same", "same"]}, "rid"),
     Bad(GENERATE, {"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
     Bad(GENERATE, {"text": []}, "text"),
+    Bad(GENERATE, {"text": ["a"] * 5000}, "5000"),
+    Bad(COMPLETIONS, {"prompt": [[1]] * 100, "n": 128}, "prompt"),
     Bad(GENERATE, {"input_ids": [1]}, "input_ids"),
     # longer than the context of 2048: refused, not truncated
     Bad(COMPLETIONS, {"prompt": "x" * 2048}, "prompt"),

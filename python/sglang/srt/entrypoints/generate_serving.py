@@ -10,7 +10,15 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from sglang.srt.entrypoints.openai_protocol import GenerateReqInput, GenerateSamplingParams
-from sglang.srt.entrypoints.serving import Choice, EventStream, LogprobOptions, answer, check_prompt, collect
+from sglang.srt.entrypoints.serving import (
+    Choice,
+    EventStream,
+    LogprobOptions,
+    answer,
+    check_batch,
+    check_prompt,
+    collect,
+)
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import MAX_TOP_LOGPROBS, TokenizedGenerateReqInput, TokenLogprob
 from sglang.srt.managers.tokenizer_manager import Generation, TokenizerManager
@@ -48,6 +56,7 @@ async def _requests(manager: TokenizerManager, body: GenerateReqInput) -> list[T
     if not prompts:
         raise RequestError.bad("text or input_ids must hold at least one prompt", "text")
     count = len(prompts)
+    names = {"input_ids": "text" if body.text is not None else "input_ids"}
     params = _per_prompt(body.sampling_params or GenerateSamplingParams(), count, "sampling_params")
     rids = _per_prompt(body.rid, count, "rid")
     if isinstance(body.rid, str) and count > 1:
@@ -57,14 +66,15 @@ async def _requests(manager: TokenizerManager, body: GenerateReqInput) -> list[T
         -1 if body.logprob_start_len is None else body.logprob_start_len, count, "logprob_start_len"
     )
     tops = _per_prompt(body.top_logprobs_num or 0, count, "top_logprobs_num")
+    check_batch(sum(p.n or 1 for p in params), 1, names["input_ids"])
     requests = []
-    names = {"input_ids": "text" if body.text is not None else "input_ids"}
     for prompt, given, rid, flag, start, top in zip(prompts, params, rids, flags, starts, tops):
         options = _logprob_options(flag, start, top)
+        ids: str | list[int] = prompt
         for choice in range(given.n or 1):
-            ids, checked = await check_prompt(
+            ids, checked = await check_prompt(  # tokenized for the first choice, the same for the others
                 manager,
-                prompt,
+                ids,
                 given.sampling_params(given.max_new_tokens, choice),
                 given.max_new_tokens is not None,
                 names,

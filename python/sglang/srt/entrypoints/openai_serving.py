@@ -12,7 +12,15 @@ from fastapi.responses import Response
 from jinja2 import TemplateError
 
 from sglang.srt.entrypoints.openai_protocol import ChatCompletionRequest, CompletionRequest, OpenAIRequest
-from sglang.srt.entrypoints.serving import Choice, EventStream, LogprobOptions, answer, check_prompt, collect
+from sglang.srt.entrypoints.serving import (
+    Choice,
+    EventStream,
+    LogprobOptions,
+    answer,
+    check_batch,
+    check_prompt,
+    collect,
+)
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, TokenLogprob
 from sglang.srt.managers.tokenizer_manager import Event, Generation, TokenizerManager
@@ -69,7 +77,9 @@ class OpenAIServing(ABC, Generic[R]):
         """Tokens, parameters and logprobs of each sequence: n for each prompt, in order."""
         sequences = []
         limit = self.max_tokens()
-        for prompt in self.prompt_inputs():
+        prompts = self.prompt_inputs()
+        check_batch(len(prompts), self.body.n or 1, self.names["input_ids"])
+        for prompt in prompts:
             ids: str | list[int] = prompt
             for choice in range(self.body.n or 1):
                 # Without a limit the room that is left is the limit.
@@ -140,6 +150,10 @@ class CompletionServing(OpenAIServing[CompletionRequest]):
     names = {"input_ids": "prompt", "max_new_tokens": "max_tokens"}  # noqa: RUF012
     default_max_tokens = DEFAULT_COMPLETION_TOKENS
 
+    def __init__(self, manager: TokenizerManager, model_name: str, body: CompletionRequest) -> None:
+        super().__init__(manager, model_name, body)
+        self._offsets: dict[int, int] = {}  # of each streamed choice's next token, in characters
+
     def prompt_inputs(self) -> Sequence[str | list[int]]:
         prompt = self.body.prompt
         if not prompt:
@@ -155,13 +169,13 @@ class CompletionServing(OpenAIServing[CompletionRequest]):
         return _choice(index, {"text": choice.text}, logprobs, choice.finish_reason)
 
     def chunk_choice(self, event: Event) -> dict[str, Any] | None:
-        output, choice = event.output, self.choices[event.index]
+        output = event.output
         new = output.output_logprobs or []
         if not (event.text or new or output.finish_reason):
             return None
-        before = choice.output_logprobs[: len(choice.output_logprobs) - len(new)]
-        offset = sum(len(self._token(e.token_id)) for e in before) if new else 0
-        logprobs = self._logprobs(new, offset)
+        logprobs = self._logprobs(new, self._offsets.get(event.index, 0))
+        if logprobs is not None:
+            self._offsets[event.index] = self._offsets.get(event.index, 0) + sum(map(len, logprobs["tokens"]))
         return _choice(event.index, {"text": event.text}, logprobs, output.finish_reason)
 
     def _logprobs(self, entries: list[TokenLogprob], offset: int) -> dict[str, Any] | None:

@@ -21,6 +21,8 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+MAX_SEQUENCES = 4096  # of one HTTP request
+
 to_json: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 
 
@@ -55,6 +57,13 @@ class Choice:
         self.completion_tokens = output.completion_tokens
         self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         self.spec_verify_ct = max(self.spec_verify_ct, output.spec_verify_ct)
+
+
+def check_batch(prompts: int, choices: int, param: str) -> None:
+    """Before anything is done for one of them. Raises RequestError (400)."""
+    if prompts * choices > MAX_SEQUENCES:
+        message = f"{param} holds {prompts} prompts with n={choices}: at most {MAX_SEQUENCES} in one request"
+        raise RequestError.bad(message, param)
 
 
 async def check_prompt(

@@ -191,11 +191,16 @@ class TokenizerManager:
             SequenceState(index, request, OutputText(self.tokenizer, request.sampling_params), events)
             for index, request in enumerate(requests)
         ]
-        for state in states:
-            self._send(state.request)
-            self._running[state.request.rid] = state
-            self.metrics.prompt_tokens.inc(len(state.request.input_ids))
-        return Generation(self, states)
+        generation = Generation(self, states)
+        try:
+            for state in states:
+                self._send(state.request)
+                self._running[state.request.rid] = state
+                self.metrics.prompt_tokens.inc(len(state.request.input_ids))
+        except RequestError:
+            generation.close("error")
+            raise
+        return generation
 
     def drop(self, rid: str, outcome: str) -> None:
         """Nobody waits for this sequence any more."""
