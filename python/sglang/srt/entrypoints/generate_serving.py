@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -50,47 +51,57 @@ async def serve_generate(manager: TokenizerManager, body: GenerateReqInput, requ
     return await answer(request, generation, whole)
 
 
-async def _requests(manager: TokenizerManager, body: GenerateReqInput) -> list[TokenizedGenerateReqInput]:
-    """One for each prompt and choice. Raises RequestError (400)."""
+@dataclass(frozen=True)
+class Item:
+    """One prompt of a batch with what belongs to it."""
+
+    prompt: str | list[int]
+    sampling: GenerateSamplingParams
+    rid: str | None
+    logprobs: LogprobOptions
+
+
+def _items(body: GenerateReqInput, param: str) -> list[Item]:
+    """A value that is given once goes to every prompt. Raises RequestError (400)."""
     prompts = body.prompts
-    if not prompts:
-        raise RequestError.bad("text or input_ids must hold at least one prompt", "text")
     count = len(prompts)
-    names = {"input_ids": "text" if body.text is not None else "input_ids"}
+    if not prompts:
+        raise RequestError.bad(f"{param} must hold at least one prompt", param)
     params = _per_prompt(body.sampling_params or GenerateSamplingParams(), count, "sampling_params")
+    check_batch(sum(p.n or 1 for p in params), 1, param)
     rids = _per_prompt(body.rid, count, "rid")
     if isinstance(body.rid, str) and count > 1:
         rids = [f"{body.rid}_{i}" for i in range(count)]
     flags = _per_prompt(body.return_logprob, count, "return_logprob")
-    starts = _per_prompt(
-        -1 if body.logprob_start_len is None else body.logprob_start_len, count, "logprob_start_len"
-    )
+    start = -1 if body.logprob_start_len is None else body.logprob_start_len
+    starts = _per_prompt(start, count, "logprob_start_len")
     tops = _per_prompt(body.top_logprobs_num or 0, count, "top_logprobs_num")
-    check_batch(sum(p.n or 1 for p in params), 1, names["input_ids"])
+    options = map(_logprob_options, flags, starts, tops)
+    return [Item(*values) for values in zip(prompts, params, rids, options)]
+
+
+async def _requests(manager: TokenizerManager, body: GenerateReqInput) -> list[TokenizedGenerateReqInput]:
+    """One for each prompt and choice. Raises RequestError (400)."""
+    param = "text" if body.text is not None else "input_ids"
     requests = []
-    for prompt, given, rid, flag, start, top in zip(prompts, params, rids, flags, starts, tops):
-        options = _logprob_options(flag, start, top)
-        ids: str | list[int] = prompt
-        for choice in range(given.n or 1):
-            ids, checked = await check_prompt(  # tokenized for the first choice, the same for the others
-                manager,
-                ids,
-                given.sampling_params(given.max_new_tokens, choice),
-                given.max_new_tokens is not None,
-                names,
-            )
-            if options.logprob_start_len >= len(ids):
+    for item in _items(body, param):
+        ids, limit = item.prompt, item.sampling.max_new_tokens
+        for choice in range(item.sampling.n or 1):
+            params = item.sampling.sampling_params(limit, choice)
+            # Tokenized for the first choice, the same tokens for the others.
+            ids, checked = await check_prompt(manager, ids, params, limit is not None, {"input_ids": param})
+            start = item.logprobs.logprob_start_len
+            if start >= len(ids):
                 message = f"logprob_start_len {start} is not in [-1, {len(ids)}), the prompt's length"
                 raise RequestError.bad(message, "logprob_start_len")
+            rid = manager.new_rid() if item.rid is None else item.rid + (f"_n{choice}" if choice else "")
             requests.append(
                 TokenizedGenerateReqInput(
-                    rid=manager.new_rid() if rid is None else rid + (f"_n{choice}" if choice else ""),
+                    rid=rid,
                     input_ids=ids,
                     sampling_params=checked,
                     stream=body.stream,
-                    return_logprob=options.return_logprob,
-                    logprob_start_len=options.logprob_start_len,
-                    top_logprobs_num=options.top_logprobs_num,
+                    **asdict(item.logprobs),
                 )
             )
     return requests

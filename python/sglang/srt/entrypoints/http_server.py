@@ -83,7 +83,7 @@ async def _check_api_key(request: Request) -> None:
     if key is None:
         return
     given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+    if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
         raise RequestError(401, "the API key is missing or wrong", code="invalid_api_key")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 from fastapi import Request
@@ -24,6 +25,7 @@ from sglang.srt.entrypoints.serving import (
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, TokenLogprob
 from sglang.srt.managers.tokenizer_manager import Event, Generation, TokenizerManager
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 R = TypeVar("R", bound=OpenAIRequest)
 
@@ -63,17 +65,18 @@ class OpenAIServing(ABC, Generic[R]):
 
         return await answer(request, generation, whole)
 
-    def _sequence(self, ids: list[int], params: Any, options: LogprobOptions) -> TokenizedGenerateReqInput:
+    def _sequence(
+        self, ids: list[int], params: SamplingParams, options: LogprobOptions
+    ) -> TokenizedGenerateReqInput:
         return TokenizedGenerateReqInput(
             rid=self.manager.new_rid(),
             input_ids=ids,
             sampling_params=params,
             stream=bool(self.body.stream),
-            return_logprob=options.return_logprob,
-            top_logprobs_num=options.top_logprobs_num,
+            **asdict(options),
         )
 
-    async def requests(self) -> list[tuple[list[int], Any, LogprobOptions]]:
+    async def requests(self) -> list[tuple[list[int], SamplingParams, LogprobOptions]]:
         """Tokens, parameters and logprobs of each sequence: n for each prompt, in order."""
         sequences = []
         limit = self.max_tokens()
