@@ -131,3 +131,17 @@ def test_runs_on_the_current_stream(cuda: str) -> None:
             plan.run()
     stream.synchronize()
     assert (destination == 19).all()
+
+
+@pytest.mark.gpu
+def test_runs_on_the_device_of_its_tensors(cuda: str) -> None:
+    """Whatever device is current; the current one stays current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    for current, other in ((0, 1), (1, 0)):
+        with torch.cuda.device(current):
+            source = torch.arange(1000, device=f"cuda:{other}")
+            destination = torch.zeros_like(source)
+            sgl_kernel.FusedMetadataCopyPlan([sgl_kernel.CopyRegion(source, (destination,))]).run()
+            assert torch.cuda.current_device() == current
+            assert torch.equal(source, destination)
