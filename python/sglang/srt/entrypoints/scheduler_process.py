@@ -73,7 +73,18 @@ def _scheduler_main(server_args: ServerArgs, port_args: PortArgs) -> None:
     envs.validate()
     from sglang.srt.managers.scheduler import run_scheduler_process  # imports torch: seconds
 
+    if server_args.device == "cpu":
+        _leave_a_core()
     run_scheduler_process(server_args, port_args)
+
+
+def _leave_a_core() -> None:
+    """One core is the HTTP process's: threads that wait for a core they share slow every operation down."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
+    logger.info("the model runs on %d of %d cores", torch.get_num_threads(), cores)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
