@@ -106,7 +106,8 @@ class Problem:
     def check(self, out: torch.Tensor, backend: int = 0) -> None:
         q_nope, q_rope, _, slots, scale = self.inputs(backend)
         expected = sparse_mla(q_nope, q_rope, self.kv, slots, scale)
-        torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)
+        tolerance = 4e-2 if self.cache is not self.kv else 2e-2  # over FP8 keys the kernel rounds more
+        torch.testing.assert_close(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
 
 
 def metadata_inputs(seq_lens: torch.Tensor, topk: int) -> MetadataInputs:

@@ -213,12 +213,13 @@ __device__ __forceinline__ void write_tables(const GenerateParams& p, int32_t i,
   const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
   const int32_t last = p.mode == Mode::kDraftExtend ? accepted - 1 : rows - 1;  // the longest row
   if (last < 0) return;
+  // Both loads are under way before either is needed: a launch this short is a chain of memory latencies.
   const int64_t seq = seq_len(p, i);
+  const int32_t* const tokens = token_row(p, i);
   const int32_t bound =
       static_cast<int32_t>(smaller(row_len(p, kv_len(seq, p.max_offset), accepted, last), p.max_cols));
   if (col_block >= (bound + kColumnsPerBlock - 1) / kColumnsPerBlock) return;
 
-  const int32_t* const tokens = token_row(p, i);
   const int64_t row0 = p.packed ? packed_row(p, i) : static_cast<int64_t>(i) * p.rows_per_req;
   constexpr int32_t kStep = kAligned ? 1 : kBlockThreads;  // between the columns of one thread
 

@@ -204,14 +204,20 @@ class GraphMetadata:
         self.replays += 1
         if self.path.in_graph:
             return
-        self._run(bs, min(max_len, self.width))
+        max_len = min(max_len, self.width)
+        try:  # the hot path: no call but the stages themselves
+            for stage in self._stages[bs]:
+                stage(max_len)
+        except RuntimeError as error:
+            self._fall_back(error)
+            self._run_stages(bs, max_len)
         if self.selection.verify:
             self.check(bs)
 
     def run_in_graph(self, bs: int) -> None:
         """Inside the captured function, before the first layer."""
         if self.path.in_graph:
-            self._run(bs, -1)
+            self._or_fall_back(self._run_stages, bs, -1)
 
     def check(self, bs: int) -> None:
         """Raises MetadataMismatchError where the backends differ from the torch reference."""
@@ -224,9 +230,6 @@ class GraphMetadata:
         """Bytes of page tables held by the backends, and what one set for each would take."""
         held = {b.page_table_1.data_ptr(): b.table_bytes for b in self.buffers}
         return sum(held.values()), sum(b.table_bytes for b in self.buffers)
-
-    def _run(self, bs: int, max_len: int) -> None:
-        self._or_fall_back(self._run_stages, bs, max_len)
 
     def _run_stages(self, bs: int, max_len: int) -> None:
         for stage in self._stages[bs]:
@@ -243,21 +246,21 @@ class GraphMetadata:
         self._stages[bs] = stages + _schedule_stages(sets)
 
     def _or_fall_back(self, action: Callable[..., None], *args: int) -> None:
-        """Runs the action; where 'auto' chose kernels that fail, replans everything in torch and repeats."""
         try:
             action(*args)
         except RuntimeError as error:
-            if self.selection.copy != "auto" or self.methods == TORCH_METHODS:
-                raise
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise  # the capture is lost; its warm-up runs would have fallen back
-            self._fall_back(str(error))
+            self._fall_back(error)
             action(*args)
 
-    def _fall_back(self, reason: str) -> None:
-        _warn_fallback(reason)
+    def _fall_back(self, error: RuntimeError) -> None:
+        """Where 'auto' chose kernels that fail, plans everything anew in torch; otherwise raises the error."""
+        if self.selection.copy != "auto" or self.methods == TORCH_METHODS:
+            raise error
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise error  # the capture is lost; its warm-up runs would have fallen back
+        _warn_fallback(str(error))
         self.fallbacks += 1
-        self.fallback_reason = reason
+        self.fallback_reason = str(error)
         self.methods = TORCH_METHODS
         for bs in self.inputs:
             self._plan(bs)
