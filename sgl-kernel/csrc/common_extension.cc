@@ -1,5 +1,6 @@
 // Registers the operators with torch's stable ABI. Compiled once per library: SGL_KERNEL_NAMESPACE is
-// sgl_kernel_nsa_cpu or sgl_kernel_nsa_cuda, so both can be loaded side by side, and beside the sgl-kernel wheels.
+// sgl_kernel_nsa_cpu or sgl_kernel_nsa_cuda, so both can be loaded side by side, and beside the sgl-kernel
+// wheels.
 //
 // A plan holds the addresses of the tensors that a run writes: the run's schema marks the plan as mutated.
 #include "sgl_kernel_ops.h"
@@ -7,15 +8,18 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
   m.def("abi_version() -> int");
 
-  m.def("fused_metadata_copy_plan(Tensor[] srcs, Tensor[] dsts, int[] num_dsts, int[] rows_expanded, "
-        "int[] rows_extra, int[] cols_per) -> Tensor");
+  m.def(
+      "fused_metadata_copy_plan(Tensor[] srcs, Tensor[] dsts, int[] num_dsts, int[] rows_expanded, "
+      "int[] rows_extra, int[] cols_per) -> Tensor");
   m.def("fused_metadata_copy_run(Tensor(a!) plan, int expanded_rows, int max_len) -> ()");
   m.def(sgl_kernel::fused_metadata_copy_schema().c_str());
   m.def(sgl_kernel::fused_metadata_copy_multi_schema().c_str());
 
-  m.def("nsa_metadata_generate_plan(int mode, int bs, Tensor seq_lens, Tensor req_pool_indices, Tensor req_to_token, "
-        "Tensor[] dsts, int[] dst_fields, int[] seqlens_offsets, int page_size, int topk, int rows_per_req, "
-        "Tensor? accept_lens, bool packed) -> Tensor");
+  m.def(
+      "nsa_metadata_generate_plan(int mode, int bs, Tensor seq_lens, Tensor req_pool_indices, Tensor "
+      "req_to_token, "
+      "Tensor[] dsts, int[] dst_fields, int[] seqlens_offsets, int page_size, int topk, int rows_per_req, "
+      "Tensor? accept_lens, bool packed) -> Tensor");
   m.def("nsa_metadata_generate_run(Tensor(a!) plan) -> ()");
 }
 
@@ -31,6 +35,8 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
 
 namespace sgl_kernel {
 
-void abi_version(StableIValue* stack, uint64_t, uint64_t) { stack[0] = torch::stable::detail::from(kAbiVersion); }
+void abi_version(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = torch::stable::detail::from(kAbiVersion);
+}
 
 }  // namespace sgl_kernel

@@ -1,6 +1,8 @@
-// A plan is a byte tensor on the CPU: a header and one parameter block per launch. The Python object that owns it
-// also keeps alive the tensors whose addresses it holds.
+// A plan is a byte tensor on the CPU: a header and one parameter block per launch. The Python object that
+// owns it also keeps alive the tensors whose addresses it holds.
 #pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstdint>
 #include <cstring>
@@ -8,27 +10,26 @@
 #include <type_traits>
 #include <vector>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include "tensor_view.h"
 
 namespace sgl_kernel {
 
 struct PlanHeader {
-  uint64_t magic;        // which operator's plan, and which layout
+  uint64_t magic;  // which operator's plan, and which layout
   int64_t num_launches;
   int32_t device_index;
   int32_t device_type;
-  int64_t limits[2];     // fused_metadata_copy: the largest expanded_rows and max_len
+  int64_t limits[2];  // fused_metadata_copy: the largest expanded_rows and max_len
 };
 
 template <typename Launch>
 AtenTensorHandle make_plan(const PlanHeader& header, const std::vector<Launch>& launches) {
   static_assert(std::is_trivially_copyable_v<Launch>);
-  const int64_t size = static_cast<int64_t>(sizeof(PlanHeader) + launches.size() * sizeof(Launch)), stride = 1;
+  const int64_t size = static_cast<int64_t>(sizeof(PlanHeader) + launches.size() * sizeof(Launch)),
+                stride = 1;
   AtenTensorHandle plan = nullptr;
-  check_shim(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0,
-                                      &plan),
+  check_shim(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                      aoti_torch_device_type_cpu(), 0, &plan),
              "memory for a plan");
   void* data = nullptr;
   check_shim(aoti_torch_get_data_ptr(plan, &data), "a data pointer");

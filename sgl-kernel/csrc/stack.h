@@ -1,10 +1,11 @@
-// Arguments off the stack of the stable ABI. A handle on the stack is ours: taking it means deleting it later.
+// Arguments off the stack of the stable ABI. A handle on the stack is ours: taking it means deleting it
+// later.
 #pragma once
+
+#include <torch/csrc/stable/library.h>
 
 #include <memory>
 #include <optional>
-
-#include <torch/csrc/stable/library.h>
 
 namespace sgl_kernel {
 

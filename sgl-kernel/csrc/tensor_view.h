@@ -1,14 +1,14 @@
-// Tensors at the operator boundary: a plain description of each, and the checks that every operator makes, in one
-// fixed order: device, dtype, rank, shape, stride, overlap. No check reads the memory of a device.
+// Tensors at the operator boundary: a plain description of each, and the checks that every operator makes, in
+// one fixed order: device, dtype, rank, shape, stride, overlap. No check reads the memory of a device.
 #pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "backend.h"
 
@@ -29,7 +29,8 @@ struct FieldName {
 
 // Every rejection reads: <operator>: <field>: expected <what>, found <what>.
 template <typename Expected, typename Found>
-[[noreturn]] void reject(const char* op, const FieldName& field, const Expected& expected, const Found& found) {
+[[noreturn]] void reject(const char* op, const FieldName& field, const Expected& expected,
+                         const Found& found) {
   std::ostringstream text;
   text << op << ": " << field.str() << ": expected " << expected << ", found " << found;
   throw std::runtime_error(text.str());
@@ -45,8 +46,8 @@ struct TensorView {
   char* data = nullptr;  // set by check_tensor, after the device is known to be right
   int32_t device_type = 0, device_index = 0, dtype = 0;
   int64_t element_size = 0;
-  int64_t dim = 0, rows = 1, cols = 1;          // a 1-D tensor is one row
-  int64_t row_stride = 0, col_stride = 1;       // elements
+  int64_t dim = 0, rows = 1, cols = 1;     // a 1-D tensor is one row
+  int64_t row_stride = 0, col_stride = 1;  // elements
 };
 
 inline TensorView view_tensor(AtenTensorHandle handle, FieldName name) {
@@ -126,7 +127,8 @@ inline void check_shape(const char* op, const TensorView& view, int64_t rows, in
 inline void check_stride(const char* op, const TensorView& view, bool written) {
   if (view.cols > 1 && view.col_stride != 1) reject(op, view.name, "an inner stride of 1", view.col_stride);
   if (written && view.dim == 2 && view.rows > 1 && view.row_stride < view.cols) {
-    reject(op, view.name, "rows that do not overlap (row stride of at least " + std::to_string(view.cols) + ")",
+    reject(op, view.name,
+           "rows that do not overlap (row stride of at least " + std::to_string(view.cols) + ")",
            view.row_stride);
   }
 }
@@ -155,8 +157,8 @@ struct Footprint {
   const char* end() const { return data + (rows - 1) * stride + row_bytes; }
 };
 
-// True when the two share a byte. Exact for equal strides (two column ranges of one buffer do not overlap); else the
-// ranges from first to last byte decide.
+// True when the two share a byte. Exact for equal strides (two column ranges of one buffer do not overlap);
+// else the ranges from first to last byte decide.
 inline bool overlaps(const Footprint& a, const Footprint& b) {
   if (a.empty() || b.empty() || a.end() <= b.data || b.end() <= a.data) return false;
   if (a.stride != b.stride || a.stride <= 0 || a.rows == 1 || b.rows == 1) return true;

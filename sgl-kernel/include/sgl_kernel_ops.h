@@ -1,15 +1,17 @@
-// The operators, as torch's stable ABI calls them: a stack of StableIValue in, the results in its first places out.
-// csrc/common_extension.cc registers them; the schemas stand there. Errors are std::runtime_error.
+// The operators, as torch's stable ABI calls them: a stack of StableIValue in, the results in its first
+// places out. csrc/common_extension.cc registers them; the schemas stand there. Errors are
+// std::runtime_error.
 #pragma once
+
+#include <torch/csrc/stable/library.h>
 
 #include <cstdint>
 #include <string>
 
-#include <torch/csrc/stable/library.h>
-
 namespace sgl_kernel {
 
-// Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another number.
+// Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another
+// number.
 constexpr int64_t kAbiVersion = 1;
 
 using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);

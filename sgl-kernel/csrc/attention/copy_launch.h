@@ -1,4 +1,5 @@
-// From checked regions to parameter blocks: packing, live extents, overlap. Shared by the plan and by SGLang's calls.
+// From checked regions to parameter blocks: packing, live extents, overlap. Shared by the plan and by
+// SGLang's calls.
 #pragma once
 
 #include <algorithm>
@@ -11,10 +12,10 @@ namespace sgl_kernel {
 
 // What a region may grow to, and which part of it follows the run's two integers.
 struct CopyExtent {
-  int64_t rows = 1;           // a 1-D region is one row
-  int64_t cols = 0;           // elements
+  int64_t rows = 1;  // a 1-D region is one row
+  int64_t cols = 0;  // elements
   int64_t rows_extra = 0;
-  int64_t cols_per = 0;       // > 0: only the first ceil(max_len / cols_per) columns
+  int64_t cols_per = 0;  // > 0: only the first ceil(max_len / cols_per) columns
   int32_t element_size = 4;
   bool rows_expanded = false;  // only the first expanded_rows + rows_extra rows (1-D: elements)
   bool one_dimensional = true;
@@ -39,7 +40,8 @@ inline void check_overlaps(const char* op, const RegionArgs* regions, int num_re
       for (int d = 0; d < regions[q].num_dsts; ++d) {
         const TensorView& dst = regions[q].dsts[d];
         if (overlaps(src, footprint(dst, regions[q].extent))) {
-          reject(op, dst.name, "memory apart from every source", "an overlap with " + regions[r].src.name.str());
+          reject(op, dst.name, "memory apart from every source",
+                 "an overlap with " + regions[r].src.name.str());
         }
       }
     }
@@ -76,7 +78,8 @@ struct CopyLaunch {
     return true;
   }
 
-  // Sets the live extents of all regions in `out`, which is params or a copy of it; returns the number of tiles.
+  // Sets the live extents of all regions in `out`, which is params or a copy of it; returns the number of
+  // tiles.
   uint64_t set_extents(CopyParams& out, int64_t expanded_rows, int64_t max_len) const {
     uint64_t tiles = 0;
     for (uint32_t r = 0; r < out.num_regions; ++r) {

@@ -1,10 +1,9 @@
 // CUDA backend: device queries and the launch of the copy.
-#include "attention/fused_metadata_copy.cuh"
-
 #include <algorithm>
 #include <atomic>
 
 #include "attention/cuda_launch.h"
+#include "attention/fused_metadata_copy.cuh"
 #include "backend.h"
 
 namespace sgl_kernel {
@@ -19,7 +18,8 @@ int32_t device_type() { return aoti_torch_device_type_cuda(); }
 void prepare(int32_t device_index) {
   const DeviceScope scope(device_index);
   cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, fused_metadata_copy_kernel), "loading fused_metadata_copy_kernel");
+  check_cuda(cudaFuncGetAttributes(&attributes, fused_metadata_copy_kernel),
+             "loading fused_metadata_copy_kernel");
   load_generate_kernel();
 }
 

@@ -1,5 +1,6 @@
-// The fused metadata copy: many small strided regions, each read once and written to any number of destinations,
-// in one launch. This file knows nothing of torch; the host part is shared by the CPU and the CUDA library.
+// The fused metadata copy: many small strided regions, each read once and written to any number of
+// destinations, in one launch. This file knows nothing of torch; the host part is shared by the CPU and the
+// CUDA library.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,9 @@
 
 namespace sgl_kernel {
 
-constexpr int kMaxCopyRegions = 12;    // regions in one launch
-constexpr int kMaxCopySlots = 208;     // (region, destination) pairs in one launch: 16 destinations of 13 regions
+constexpr int kMaxCopyRegions = 12;  // regions in one launch
+constexpr int kMaxCopySlots =
+    208;  // (region, destination) pairs in one launch: 16 destinations of 13 regions
 constexpr int kCopyBytesPerThread = 16;
 
 // One destination of one region.
@@ -18,8 +20,8 @@ struct CopySlot {
   int64_t stride;  // bytes between rows
 };
 
-// Live extent of one region in one launch. A tile is (kBlockThreads >> log2_lanes) rows x (16 << log2_lanes) bytes, so
-// narrow rows share a block and wide rows take several.
+// Live extent of one region in one launch. A tile is (kBlockThreads >> log2_lanes) rows x (16 << log2_lanes)
+// bytes, so narrow rows share a block and wide rows take several.
 struct CopyRegion {
   const char* src;
   int64_t src_stride;   // bytes between rows
@@ -29,8 +31,8 @@ struct CopyRegion {
   uint32_t tile_end;    // one past the region's last tile, counted over all regions
   uint16_t slot_begin;  // destinations: slots[slot_begin, slot_end)
   uint16_t slot_end;
-  uint8_t unit;         // bytes of one access: 16, 4 or 1; every row of every tensor is aligned to it
-  uint8_t log2_lanes;   // threads side by side on a row
+  uint8_t unit;        // bytes of one access: 16, 4 or 1; every row of every tensor is aligned to it
+  uint8_t log2_lanes;  // threads side by side on a row
 };
 
 // The whole kernel argument. Below 4 KiB, the limit that every CUDA version has.
@@ -59,8 +61,8 @@ inline uint64_t set_copy_extent(CopyRegion& region, int64_t rows, int64_t row_by
 
 #if defined(__CUDACC__)
 
-// Copies what this thread owns of one tile, up to 16 bytes of one row, to every destination of the region. Inside a
-// tile 32-bit offsets suffice; where the tile lies takes 64.
+// Copies what this thread owns of one tile, up to 16 bytes of one row, to every destination of the region.
+// Inside a tile 32-bit offsets suffice; where the tile lies takes 64.
 template <typename Unit>
 __device__ __forceinline__ void copy_tile(const CopyParams& params, const CopyRegion& region, uint32_t tile) {
   constexpr int kSize = sizeof(Unit);
@@ -71,7 +73,8 @@ __device__ __forceinline__ void copy_tile(const CopyParams& params, const CopyRe
   const int64_t row = static_cast<int64_t>(tile_row) * (kBlockThreads >> region.log2_lanes) +
                       (threadIdx.x >> region.log2_lanes);
   if (row >= region.rows) return;
-  const int64_t begin = static_cast<int64_t>(tile - tile_row * region.row_tiles) * (lanes * kCopyBytesPerThread);
+  const int64_t begin =
+      static_cast<int64_t>(tile - tile_row * region.row_tiles) * (lanes * kCopyBytesPerThread);
   const int64_t left = region.row_bytes - begin;
   const int bytes = left < lanes * kCopyBytesPerThread ? static_cast<int>(left) : lanes * kCopyBytesPerThread;
   const int whole = bytes / kSize;  // my units: lane, lane + lanes, ... below `whole`
@@ -106,15 +109,21 @@ __device__ __forceinline__ void copy_tile(const CopyParams& params, const CopyRe
 }
 
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerSm)
-fused_metadata_copy_kernel(const __grid_constant__ CopyParams params) {
+    fused_metadata_copy_kernel(const __grid_constant__ CopyParams params) {
   for (uint32_t tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
     uint32_t r = 0, begin = 0;  // regions are sorted, largest first: the scan is short for most tiles
     while (tile >= params.regions[r].tile_end) begin = params.regions[r++].tile_end;
     const CopyRegion& region = params.regions[r];
     switch (region.unit) {
-      case 16: copy_tile<uint4>(params, region, tile - begin); break;
-      case 4: copy_tile<uint32_t>(params, region, tile - begin); break;
-      default: copy_tile<unsigned char>(params, region, tile - begin); break;
+      case 16:
+        copy_tile<uint4>(params, region, tile - begin);
+        break;
+      case 4:
+        copy_tile<uint32_t>(params, region, tile - begin);
+        break;
+      default:
+        copy_tile<unsigned char>(params, region, tile - begin);
+        break;
     }
   }
 }

@@ -20,17 +20,18 @@ struct Field {
   Live live;
 };
 
-// E = seqlens_expanded_size; rows = bs in DECODE, E in the other modes. Element 0 of a prefix sum is left alone.
+// E = seqlens_expanded_size; rows = bs in DECODE, E in the other modes. Element 0 of a prefix sum is left
+// alone.
 constexpr Field kFields[] = {
-    {"cache_seqlens", 1, false, true, Live::kRequests},          // [0, bs)
-    {"cu_seqlens_k", 1, false, true, Live::kRequestPrefix},      // [1, bs + 1)
-    {"page_indices", 2, false, true, Live::kPages},              // rows x max_len (DECODE) or max_seqlen_k
-    {"nsa_cache_seqlens", 1, false, true, Live::kRows},          // [0, E)
-    {"seqlens_expanded", 1, true, false, Live::kRows},           // [0, E), not in DECODE
-    {"nsa_cu_seqlens_k", 1, false, true, Live::kRowPrefix},      // [1, E + 1)
-    {"real_page_table", 2, true, true, Live::kRealPages},        // rows x the source's columns
-    {"flashmla_num_splits", 1, true, true, Live::kSplits},       // [0, E + 1)
-    {"flashmla_metadata", 2, true, true, Live::kWhole},          // all of the source
+    {"cache_seqlens", 1, false, true, Live::kRequests},      // [0, bs)
+    {"cu_seqlens_k", 1, false, true, Live::kRequestPrefix},  // [1, bs + 1)
+    {"page_indices", 2, false, true, Live::kPages},          // rows x max_len (DECODE) or max_seqlen_k
+    {"nsa_cache_seqlens", 1, false, true, Live::kRows},      // [0, E)
+    {"seqlens_expanded", 1, true, false, Live::kRows},       // [0, E), not in DECODE
+    {"nsa_cu_seqlens_k", 1, false, true, Live::kRowPrefix},  // [1, E + 1)
+    {"real_page_table", 2, true, true, Live::kRealPages},    // rows x the source's columns
+    {"flashmla_num_splits", 1, true, true, Live::kSplits},   // [0, E + 1)
+    {"flashmla_metadata", 2, true, true, Live::kWhole},      // all of the source
 };
 constexpr int kNumFields = std::size(kFields);
 constexpr int kMultiDestinations = 3;
@@ -47,14 +48,22 @@ struct Part {  // the live part of a field
 
 Part live_part(Live live, const Sizes& sizes, const TensorView& src) {
   switch (live) {
-    case Live::kRequests: return {0, 1, sizes.bs};
-    case Live::kRequestPrefix: return {1, 1, sizes.bs};
-    case Live::kPages: return {0, sizes.rows(), sizes.max_cols};
-    case Live::kRows: return {0, 1, sizes.expanded};
-    case Live::kRowPrefix: return {1, 1, sizes.expanded};
-    case Live::kRealPages: return {0, sizes.rows(), src.cols};
-    case Live::kSplits: return {0, 1, sizes.expanded + 1};
-    case Live::kWhole: return {0, src.rows, src.cols};
+    case Live::kRequests:
+      return {0, 1, sizes.bs};
+    case Live::kRequestPrefix:
+      return {1, 1, sizes.bs};
+    case Live::kPages:
+      return {0, sizes.rows(), sizes.max_cols};
+    case Live::kRows:
+      return {0, 1, sizes.expanded};
+    case Live::kRowPrefix:
+      return {1, 1, sizes.expanded};
+    case Live::kRealPages:
+      return {0, sizes.rows(), src.cols};
+    case Live::kSplits:
+      return {0, 1, sizes.expanded + 1};
+    case Live::kWhole:
+      return {0, src.rows, src.cols};
   }
   return {0, 0, 0};
 }
@@ -63,9 +72,10 @@ void check_size(const char* op, const char* name, int64_t value) {
   if (value < 0 || value > 0x7fffffff) reject(op, {name}, "0 .. 2147483647", value);
 }
 
-// `fields`: which of kFields the call has; `handles`: their sources, then each destination's, in the order of the table.
-void copy_sets(const char* op, const Field* const* fields, int num_fields, const TensorHandle* handles, int num_dsts,
-               const Sizes& sizes) {
+// `fields`: which of kFields the call has; `handles`: their sources, then each destination's, in the order of
+// the table.
+void copy_sets(const char* op, const Field* const* fields, int num_fields, const TensorHandle* handles,
+               int num_dsts, const Sizes& sizes) {
   if (sizes.mode == 0 && sizes.expanded != sizes.bs) {
     reject(op, {"seqlens_expanded_size"}, "bs (" + std::to_string(sizes.bs) + ") in DECODE", sizes.expanded);
   }
@@ -78,7 +88,8 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
     const bool only_expanded = field.optional && field.live == Live::kRows;
     if (only_expanded && sizes.mode == 0) continue;
     if (!handles[f]) {
-      if (only_expanded) reject(op, {field.name, "_src"}, "a tensor in TARGET_VERIFY and DRAFT_EXTEND", "None");
+      if (only_expanded)
+        reject(op, {field.name, "_src"}, "a tensor in TARGET_VERIFY and DRAFT_EXTEND", "None");
       continue;
     }
     RegionArgs& region = regions[num_regions++];
@@ -98,8 +109,10 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
       dst = view_tensor(handle.get(), name);
       check_tensor(op, dst, expected);
       dst.data += part.first * 4;
-      // SGLang lets its int32 seq_lens buffer be source and destination at once: a copy onto itself, nothing to do.
-      const bool itself = dst.data == region.src.data && (part.rows <= 1 || dst.row_stride == region.src.row_stride);
+      // SGLang lets its int32 seq_lens buffer be source and destination at once: a copy onto itself, nothing
+      // to do.
+      const bool itself =
+          dst.data == region.src.data && (part.rows <= 1 || dst.row_stride == region.src.row_stride);
       if (!itself) ++num_views, ++region.num_dsts;
     }
     if (part.rows == 0 || part.cols == 0 || region.num_dsts == 0) --num_regions, region = RegionArgs{};
@@ -130,7 +143,8 @@ std::string schema(const char* name, bool multi, const char* integers) {
 }
 
 // Takes `sets` sets of tensors off the stack; returns the first place after them.
-int take_sets(StableIValue* stack, bool multi, int sets, TensorHandle* handles, const Field** fields, int& num_fields) {
+int take_sets(StableIValue* stack, bool multi, int sets, TensorHandle* handles, const Field** fields,
+              int& num_fields) {
   num_fields = 0;
   for (const Field& field : kFields) {
     if (!multi || field.in_multi) fields[num_fields++] = &field;
@@ -161,7 +175,8 @@ void fused_metadata_copy(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t mode = take<int64_t>(integers[0]), bs = take<int64_t>(integers[1]);
   const int64_t max_len = take<int64_t>(integers[2]), max_seqlen_k = take<int64_t>(integers[3]);
   const int64_t expanded = take<int64_t>(integers[4]);
-  if (mode < 0 || mode > 2) reject(kOp, {"forward_mode"}, "0 (DECODE), 1 (TARGET_VERIFY) or 2 (DRAFT_EXTEND)", mode);
+  if (mode < 0 || mode > 2)
+    reject(kOp, {"forward_mode"}, "0 (DECODE), 1 (TARGET_VERIFY) or 2 (DRAFT_EXTEND)", mode);
   check_size(kOp, "bs", bs);
   check_size(kOp, "max_len", max_len);
   check_size(kOp, "max_seqlen_k", max_seqlen_k);

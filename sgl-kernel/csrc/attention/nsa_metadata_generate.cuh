@@ -1,5 +1,6 @@
-// NSA metadata straight from seq_lens, req_pool_indices and req_to_token into every field of N destinations, in one
-// launch. The functions that say what a length is are shared by the CPU and the CUDA library; no torch in here.
+// NSA metadata straight from seq_lens, req_pool_indices and req_to_token into every field of N destinations,
+// in one launch. The functions that say what a length is are shared by the CPU and the CUDA library; no torch
+// in here.
 #pragma once
 
 #include <cstdint>
@@ -48,21 +49,21 @@ struct GenerateParams {
   const int32_t* accept_lens;    // [bs], DRAFT_EXTEND only
   int64_t token_stride;
   int64_t pool_size;
-  int64_t max_offset;            // largest seqlens_offset of the tables
+  int64_t max_offset;  // largest seqlens_offset of the tables
   int32_t topk;
   int32_t page_size;
-  int32_t page_shift;            // log2(page_size), or -1 when it is no power of two
+  int32_t page_shift;  // log2(page_size), or -1 when it is no power of two
   int32_t bs;
-  int32_t rows_per_req;          // row stride of a request (static layout); at most this many rows (packed)
-  int32_t max_cols;              // columns of req_to_token that some table may need
-  int32_t col_blocks;            // blocks side by side on one request
+  int32_t rows_per_req;  // row stride of a request (static layout); at most this many rows (packed)
+  int32_t max_cols;      // columns of req_to_token that some table may need
+  int32_t col_blocks;    // blocks side by side on one request
   int32_t num_vectors;
   int32_t num_tables;
   Mode mode;
   bool seq_lens_64;
   bool req_pool_indices_64;
-  bool packed;                   // DRAFT_EXTEND: rows of a request follow each other without gaps
-  bool aligned;                  // every table row and every row of req_to_token starts on 16 bytes
+  bool packed;   // DRAFT_EXTEND: rows of a request follow each other without gaps
+  bool aligned;  // every table row and every row of req_to_token starts on 16 bytes
   GenerateVectors vectors[kMaxGenerateDestinations];
   GenerateTables tables[kMaxGenerateDestinations];
 };
@@ -131,7 +132,9 @@ struct Sums {
   uint32_t rows, kv, nsa;
 };
 
-__device__ __forceinline__ Sums operator+(Sums a, Sums b) { return {a.rows + b.rows, a.kv + b.kv, a.nsa + b.nsa}; }
+__device__ __forceinline__ Sums operator+(Sums a, Sums b) {
+  return {a.rows + b.rows, a.kv + b.kv, a.nsa + b.nsa};
+}
 
 // Exclusive prefix sum over the threads of the block.
 __device__ __forceinline__ Sums block_exclusive_sum(Sums mine) {
@@ -156,8 +159,8 @@ __device__ __forceinline__ Sums block_exclusive_sum(Sums mine) {
           before.nsa + inclusive.nsa - mine.nsa};
 }
 
-// One block writes all vectors of one destination. Each thread owns consecutive requests: it sums them, learns what
-// lies before them, and walks them again to write.
+// One block writes all vectors of one destination. Each thread owns consecutive requests: it sums them,
+// learns what lies before them, and walks them again to write.
 __device__ __forceinline__ void write_vectors(const GenerateParams& p, const GenerateVectors& out) {
   const int32_t per_thread = (p.bs + kBlockThreads - 1) / kBlockThreads;
   const int32_t begin = min(static_cast<int32_t>(threadIdx.x) * per_thread, p.bs);
@@ -169,7 +172,8 @@ __device__ __forceinline__ void write_vectors(const GenerateParams& p, const Gen
     const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
     sums.rows += rows;
     sums.kv += static_cast<uint32_t>(cache_seqlen(p, kv));
-    for (int32_t j = 0; j < rows; ++j) sums.nsa += static_cast<uint32_t>(smaller(row_len(p, kv, accepted, j), p.topk));
+    for (int32_t j = 0; j < rows; ++j)
+      sums.nsa += static_cast<uint32_t>(smaller(row_len(p, kv, accepted, j), p.topk));
   }
   Sums at = block_exclusive_sum(sums);
 
@@ -194,7 +198,8 @@ __device__ __forceinline__ void write_vectors(const GenerateParams& p, const Gen
   }
 }
 
-// First row of request i when rows are packed: the accepted tokens of all requests before it. All threads return it.
+// First row of request i when rows are packed: the accepted tokens of all requests before it. All threads
+// return it.
 __device__ __forceinline__ uint32_t packed_row(const GenerateParams& p, int32_t i) {
   __shared__ uint32_t total;
   if (threadIdx.x == 0) total = 0;
@@ -207,7 +212,8 @@ __device__ __forceinline__ uint32_t packed_row(const GenerateParams& p, int32_t 
   return total;
 }
 
-// Writes columns of all rows of request i in all tables: block `col_block` of p.col_blocks. The columns are read once.
+// Writes columns of all rows of request i in all tables: block `col_block` of p.col_blocks. The columns are
+// read once.
 template <bool kAligned>
 __device__ __forceinline__ void write_tables(const GenerateParams& p, int32_t i, int32_t col_block) {
   const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
@@ -264,17 +270,18 @@ __device__ __forceinline__ void write_tables(const GenerateParams& p, int32_t i,
 #pragma unroll
         for (int k = 0; k < kColumnsPerThread; ++k) {
           const int32_t col = col0 + k * kStep, page = page_of_column(p, col);
-          if ((page_starts >> k & 1) && page < table.width2 && col < len) pages[page] = page_of_token(p, token[k]);
+          if ((page_starts >> k & 1) && page < table.width2 && col < len)
+            pages[page] = page_of_token(p, token[k]);
         }
       }
     }
   }
 }
 
-// Grid: num_vectors blocks for the vectors, then bs x col_blocks blocks for the tables. It depends on the plan alone,
-// so that the launch can be captured; blocks past a request's length leave at once.
+// Grid: num_vectors blocks for the vectors, then bs x col_blocks blocks for the tables. It depends on the
+// plan alone, so that the launch can be captured; blocks past a request's length leave at once.
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerSm)
-nsa_metadata_generate_kernel(const __grid_constant__ GenerateParams params) {
+    nsa_metadata_generate_kernel(const __grid_constant__ GenerateParams params) {
   const int32_t num_vectors = params.num_vectors;
   if (static_cast<int32_t>(blockIdx.x) < num_vectors) {
     write_vectors(params, params.vectors[blockIdx.x]);

@@ -1,9 +1,9 @@
 // The CPU as a backend: the same parameter blocks, walked by plain loops.
 #include "backend.h"
 
-#include <cstring>
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstring>
 
 #include "attention/fused_metadata_copy.cuh"
 #include "attention/nsa_metadata_generate.cuh"

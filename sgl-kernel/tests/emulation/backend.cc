@@ -1,10 +1,9 @@
 // The CUDA kernels as a backend for CPU tensors, emulated. Blocks run last to first: no order may matter.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include "cuda_emulation.h"
-
 #include "attention/fused_metadata_copy.cuh"
 #include "attention/nsa_metadata_generate.cuh"
+#include "cuda_emulation.h"
 
 namespace sgl_kernel {
 

@@ -1,6 +1,7 @@
-// Enough of CUDA to run the kernels on the CPU, thread by thread, so that the device code itself is tested where there
-// is no GPU: a block is kBlockThreads fibers that meet at barriers. Aborts on a misaligned load and on a barrier that
-// not all threads of the block reach (the kernels use block-wide collectives only). Not fast, and not concurrent.
+// Enough of CUDA to run the kernels on the CPU, thread by thread, so that the device code itself is tested
+// where there is no GPU: a block is kBlockThreads fibers that meet at barriers. Aborts on a misaligned load
+// and on a barrier that not all threads of the block reach (the kernels use block-wide collectives only). Not
+// fast, and not concurrent.
 #pragma once
 
 #include <ucontext.h>
