@@ -85,4 +85,6 @@ class SchedulerFailed(msgspec.Struct, tag=True):
 MAX_TOP_LOGPROBS = 20
 
 ToScheduler = TokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq
-FromScheduler = BatchOutput | FlushCacheReqOutput | GetInternalStateReqOutput | SchedulerReady | SchedulerFailed
+FromScheduler = (
+    BatchOutput | FlushCacheReqOutput | GetInternalStateReqOutput | SchedulerReady | SchedulerFailed
+)
