@@ -12,6 +12,7 @@ import logging
 import platform
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,20 +31,26 @@ from tiny_nsa.data import (
 from tiny_nsa.evaluate import accept_length, bits_per_byte, generate
 from tiny_nsa.export import load_model, save_curve, save_model, save_tokenizer, write_json
 from tiny_nsa.model import TinyNSA
-from tiny_nsa.phases import DRAFT_STEPS, PHASES, Trainer, quick_phases
+from tiny_nsa.phases import DRAFT_STEPS, PHASES, TOPK_MARGIN, Trainer, quick_phases
 from tokenizers import Tokenizer
 
 logger = logging.getLogger("train_tiny_nsa")
 NEW_TOKENS = 128  # decoded per prompt for the accept length
-SAMPLE_PROMPT = "import os\n\n\ndef read_lines(path):\n"
+SAMPLE_PROMPT = "import unittest\n\n\nclass TestStack(unittest.TestCase):\n\n    def test_push(self):\n"
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--corpus", type=Path, help="a standard library's folder (default: this Python's own)")
+    parser.add_argument(
+        "--corpus", type=Path, help="a standard library's folder (default: this Python's own)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=330, help="time the five phases share, compiling aside (default 330)")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="time the phases share, compiling aside (default 300)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="tiny widths and windows, for a CPU")
     args = parser.parse_args()
@@ -52,7 +59,9 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def measure(out: Path, tokenizer: Tokenizer, held_out: torch.Tensor, prompts: list[dict[str, object]]) -> dict:
+def measure(
+    out: Path, tokenizer: Tokenizer, held_out: torch.Tensor, prompts: list[dict[str, object]]
+) -> dict:
     """The figures of the saved checkpoint, in float32 with its BF16 weights."""
     device = held_out.device
     model = load_model(out, device)
@@ -63,13 +72,21 @@ def measure(out: Path, tokenizer: Tokenizer, held_out: torch.Tensor, prompts: li
         for mode in ("dense", "sparse"):
             figures[f"bits_per_byte_{mode}_{length}"] = bits_per_byte(model, held_out, sizes, length, mode)
     ids = [tokenizer.encode(str(row["prompt"])).ids for row in prompts]
-    shortest = {n: [i for i in ids if n <= len(i)] for n in PROMPT_LENGTHS}
-    buckets = [i[-max(n for n in shortest if n <= len(i)) :] for i in ids if len(i) >= min(shortest)]
-    for rule, value in accept_length(model, buckets, NEW_TOKENS, DRAFT_STEPS, ("step", "committed")).items():
+    ids = [
+        row[-max(n for n in PROMPT_LENGTHS if n <= len(row)) :]
+        for row in ids
+        if len(row) >= min(PROMPT_LENGTHS)
+    ]
+    for rule, value in accept_length(model, ids, NEW_TOKENS, DRAFT_STEPS, ("step", "committed")).items():
         figures[f"accept_length_{rule}"] = value
     figures = {name: round(value, 4) for name, value in figures.items()}
+    how = f"{NEW_TOKENS} new tokens for each of the {len(ids)} prompts of `held_out.jsonl`"
     sample = torch.tensor([tokenizer.encode(SAMPLE_PROMPT).ids], device=device)
-    return {**figures, "sample": tokenizer.decode(generate(model, sample, 96)[0].tolist())}
+    return {
+        **figures,
+        "accept_length_prompts": how,
+        "sample": tokenizer.decode(generate(model, sample, 96)[0].tolist()),
+    }
 
 
 def main() -> None:
@@ -85,7 +102,8 @@ def main() -> None:
     corpus = read_corpus(args.corpus, 2_000_000 if args.quick else None)
     tokenizer = train_tokenizer(corpus, config.vocab_size)
     save_tokenizer(tokenizer, config, args.out)
-    train, held_out = encode_files(tokenizer, corpus.train), encode_files(tokenizer, corpus.held_out).to(device)
+    train = encode_files(tokenizer, corpus.train)
+    held_out = encode_files(tokenizer, corpus.held_out).to(device)
     lengths = PROMPT_LENGTHS if not args.quick else (32, 64)
     prompts = held_out_prompts(tokenizer, corpus, 8 if args.quick else 64, NEW_TOKENS, lengths, args.seed)
     write_jsonl(args.out / "held_out.jsonl", prompts)
@@ -95,7 +113,7 @@ def main() -> None:
         len(corpus.held_out), corpus.held_out_bytes / 1e6, time.monotonic() - began,
     )  # fmt: skip
 
-    model = TinyNSA(config).to(device)
+    model = TinyNSA(replace(config, index_topk=config.index_topk // TOPK_MARGIN)).to(device)
     if device.type == "cuda":
         torch._dynamo.config.recompile_limit = 64  # each phase is a variant of the same layers
         for layer in [*model.layers, model.nextn.layer]:
@@ -104,12 +122,13 @@ def main() -> None:
     phases = quick_phases() if args.quick else PHASES
     trainer = Trainer(model, crops, held_out, token_bytes(tokenizer).to(device), phases, args.seconds)
     trainer.run()
-    save_model(model, args.out)
+    save_model(model, config, args.out)
     save_curve(trainer.history, args.out / "loss.png")
 
     figures = measure(args.out, tokenizer, held_out[: 20_000 if args.quick else None], prompts)
     record = {
         "figures": figures,
+        "windows": "all windows",
         "phases": trainer.steps,
         "corpus": {
             "python": args.corpus.name.removeprefix("cpython-") if args.corpus else platform.python_version(),
@@ -127,7 +146,7 @@ def main() -> None:
         "wall_seconds": round(time.monotonic() - began, 1),
     }
     write_json(args.out / "training.json", record)
-    write_card(args.out, record, config, DRAFT_STEPS, NEW_TOKENS)
+    write_card(args.out, record, config, DRAFT_STEPS)
     for name, value in figures.items():
         logger.info("%s: %s", name, value)
     logger.info("wrote %s, %d bytes", args.out, sum(f.stat().st_size for f in args.out.iterdir()))

@@ -1,8 +1,8 @@
 """MLA with the lightning indexer, in plain torch, as ``transformers`` 5.23 computes it.
 
-Three ways to run it: ``dense`` (every earlier key, the fast attention of torch), ``warmup`` (dense, and the indexer
-learns the attention distribution) and ``sparse`` (the indexer's top-k only). Both losses of the indexer are those of
-the DeepSeek-V3.2 report, section 2.1; its inputs are detached, so they train nothing else.
+Three ways to run it: ``dense`` (every earlier key, the fast attention of torch), ``warmup`` (dense, and the
+indexer learns the attention distribution) and ``sparse`` (the indexer's top-k only; it goes on learning). The
+indexer's loss follows the DeepSeek-V3.2 report, section 2.1; its inputs are detached: it trains nothing else.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class Keys(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """Keys of the earlier tokens of each row's own draft chain: row i of slot j is what draft j of chain i wrote.
+    """Keys of each row's own draft chain: row i of slot j is what draft j of chain i wrote.
 
     ``live`` says which slots exist at this step, the query's own (last) included; all false is the
     ``committed`` rule, in which a draft sees committed positions only.
@@ -70,7 +70,7 @@ class Indexer(nn.Module):
         return self.rope(q, cos, sin), self.rope(self.k_norm(self.wk(x)), cos, sin), weights.mT[..., None]
 
     def score(self, q: Tensor, weights: Tensor, base: Tensor, drafts: Tensor | None) -> Tensor:
-        """Scores of ``base`` ([b, tk, dim]) and of the draft slots ([b, t, j, dim]).  # [b, t, tk + j], float32"""
+        """Scores of ``base`` ([b, tk, dim]) and of the slots ([b, t, j, dim]).  # [b, t, tk + j], float32"""
         dots = q @ base[:, None].mT
         if drafts is not None:
             dots = torch.cat([dots, torch.einsum("bhtd,btjd->bhtj", q, drafts)], dim=-1)
@@ -125,7 +125,8 @@ class Attention(nn.Module):
             base: keys of committed positions; the query's own where left out.
             drafts: earlier slots of the chain; the query's own key becomes the last slot.
         Returns:
-            the output [b, t, hidden], this call's own keys, and the indexer's loss (a scalar).
+            the output [b, t, hidden], this call's own keys, and the indexer's loss (a scalar, if gradients
+            are recorded).
         """
         q_resid, q, k, v = self.project(x, cos, sin)
         if mode == "dense":
@@ -149,12 +150,22 @@ class Attention(nn.Module):
         scores = scores.masked_fill(~causal, float("-inf"))
         mask = causal if mode == "warmup" else top_k_mask(scores, self.config.index_topk) & causal
         logits = logits.float() * q.shape[-1] ** -0.5
-        probs = logits.masked_fill(~mask.unsqueeze(-3), float("-inf")).softmax(-1)
+        probs = softmax_where(mask.unsqueeze(-3), logits)
         out = probs[..., : base.v.shape[2]].to(v.dtype) @ base.v
         if slots_v is not None:
             out = out + torch.einsum("bhtj,bhtjd->bhtd", probs[..., base.v.shape[2] :].to(v.dtype), slots_v)
-        loss = indexer_loss(scores, probs.detach(), mask)
+        loss = None
+        if torch.is_grad_enabled():
+            # unlike the report's second stage, the target stays the whole distribution: with so few keys
+            # selected, an indexer that is told only about those would never learn of the ones it misses
+            whole = probs.detach() if mode == "warmup" else softmax_where(causal, logits.detach())
+            loss = indexer_loss(scores, whole.mean(1), causal)
         return self.o_proj(out.transpose(1, 2).flatten(2)), own, loss
+
+
+def softmax_where(mask: Tensor, logits: Tensor) -> Tensor:
+    """Softmax over the last dimension where ``mask`` is true, 0 elsewhere."""
+    return logits.masked_fill(~mask, float("-inf")).softmax(-1)
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
@@ -165,9 +176,7 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 
 
-def indexer_loss(scores: Tensor, probs: Tensor, mask: Tensor) -> Tensor:
-    """Mean KL of the indexer's softmax from the attention averaged over heads, on the keys in ``mask``."""
-    target = probs.mean(1)  # [b, t, tk]
-    log_q = scores.masked_fill(~mask, float("-inf")).log_softmax(-1)
-    kl = target * ((target + 1e-9).log() - log_q.masked_fill(~mask, 0.0))
-    return kl.sum(-1).mean()
+def indexer_loss(scores: Tensor, target: Tensor, causal: Tensor) -> Tensor:
+    """Mean KL of the indexer's softmax from ``target``, the attention averaged over heads ([b, t, tk])."""
+    log_q = scores.log_softmax(-1).masked_fill(~causal, 0.0)
+    return (target * ((target + 1e-9).log() - log_q)).sum(-1).mean()

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (the card is written as it is read)
 """The model card, written from what was measured."""
 
 from pathlib import Path
@@ -47,21 +48,13 @@ facts and follows no instructions; what it writes looks like Python and is often
 use them.
 
 ## Figures of the training script
-Measured by `scripts/train_tiny_nsa.py` on the saved BF16 weights in float32, over all held-out files, windows of the
-given number of tokens, each read from its own beginning.
+Bits per byte of the saved BF16 weights in float32, {windows} of held-out text, each read from its own beginning:
 
-| | dense attention | sparse, top-{c.index_topk} |
+| window | dense attention | sparse, top-{c.index_topk} |
 |---|---|---|
 {bpb_rows}
 
-Accept length (tokens per verify, the bonus token included), greedy, {draft_steps} speculative steps, {new_tokens} new
-tokens for each prompt of `held_out.jsonl`. The script decodes greedily, drafts from every position as serving does, and
-counts:
-
-| draft lengths | accept length |
-|---|---|
-| `step` | {f[accept_length_step]:.2f} |
-| `committed` | {f[accept_length_committed]:.2f} |
+{accept_text}
 
 {runtime_section}
 Not measured for these weights yet.
@@ -80,31 +73,41 @@ budget of seconds, so another machine takes another number of steps and ends wit
 python scripts/train_tiny_nsa.py --out models/tiny-nsa
 ```
 
-The layers' code is `scripts/tiny_nsa/`. Everything that was recorded is in `training.json`. A continuation of
-`def read_lines(path):` by these weights, greedy:
+The layers' code is `scripts/tiny_nsa/`. Everything that was recorded is in `training.json`. What these weights
+make of a prompt, greedily (the script's `SAMPLE_PROMPT`):
 
 ```python
 {sample}
 ```
 """
 
+ACCEPT_TEXT = """\
+Accept length (tokens per verify, the bonus token included), greedy, {draft_steps} speculative steps, {accept_length_prompts}:
+
+| draft lengths | accept length |
+|---|---|
+| `step` | {accept_length_step:.2f} |
+| `committed` | {accept_length_committed:.2f} |
+
+The script decodes greedily, drafts from every position at once as serving does from one, and counts."""
+
 PHASE_TEXT = {
     "dense": "main model, dense attention; the MTP layer's first step with weight 0.3",
     "warmup": "the indexers alone learn the dense attention distribution",
-    "sparse": "everything, top-k attention, windows of 4096",
+    "sparse": "everything, top-k attention (half as many keys as in use); the indexers go on learning",
+    "sparse_long": "the same, windows of 4096",
     "mtp": "the MTP layer alone, four steps on its own output, towards the target's predictions",
     "on_policy": "the same; three batches of four end in text that the model wrote",
 }
 
 
-def write_card(out: Path, record: dict, config: ModelConfig, draft_steps: int, new_tokens: int) -> None:
+def write_card(out: Path, record: dict, config: ModelConfig, draft_steps: int) -> None:
     """Writes ``README.md`` beside the checkpoint from the record that ``training.json`` holds."""
     figures, corpus, phases = record["figures"], record["corpus"], record["phases"]
-    half = config.max_position_embeddings // 2
+    lengths = [int(n.rsplit("_", 1)[1]) for n in figures if n.startswith("bits_per_byte_dense_")]
     bpb = [
-        f"| bits per byte, {n} tokens | {figures[f'bits_per_byte_dense_{n}']:.3f} "
-        f"| {figures[f'bits_per_byte_sparse_{n}']:.3f} |"
-        for n in (half, 2 * half)
+        f"| {n} tokens | {figures[f'bits_per_byte_dense_{n}']:.3f} | {figures[f'bits_per_byte_sparse_{n}']:.3f} |"
+        for n in lengths
     ]
     rows = [
         f"| {name} | {PHASE_TEXT[name]} | {p['steps']:,} | {p['tokens'] / 1e6:.1f} | {p['seconds']:.0f} |"
@@ -112,10 +115,10 @@ def write_card(out: Path, record: dict, config: ModelConfig, draft_steps: int, n
     ]
     card = CARD.format(
         c=config,
-        f=figures,
+        windows=record["windows"],
+        accept_text=ACCEPT_TEXT.format(draft_steps=draft_steps, **figures),
         corpus=corpus,
         draft_steps=draft_steps,
-        new_tokens=new_tokens,
         parameters=record["parameters"],
         stored=record["parameters"] + 2 * config.vocab_size * config.hidden_size,
         bytes_model=(out / "model.safetensors").stat().st_size,

@@ -29,9 +29,9 @@ class ModelConfig:
     topk_group: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.5
-    index_n_heads: int = 4
+    index_n_heads: int = 8
     index_head_dim: int = 32
-    index_topk: int = 128
+    index_topk: int = 256
     num_nextn_predict_layers: int = 1
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
@@ -57,7 +57,7 @@ class ModelConfig:
             num_attention_heads=4,
             q_lora_rank=32,
             kv_lora_rank=32,
-            index_topk=32,
+            index_topk=64,
             max_position_embeddings=256,
         )
 

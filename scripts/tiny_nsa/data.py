@@ -70,7 +70,9 @@ def read_corpus(root: Path | None = None, limit_bytes: int | None = None) -> Cor
             corpus.train.append((path.as_posix(), text))
             size += len(raw)
     if not corpus.train or not corpus.held_out:
-        raise ValueError(f"no Python sources under {root}: {len(corpus.train)} + {len(corpus.held_out)} files")
+        raise ValueError(
+            f"no Python sources under {root}: {len(corpus.train)} + {len(corpus.held_out)} files"
+        )
     return corpus
 
 

@@ -27,7 +27,7 @@ def bits_per_byte(
     if windows is not None and windows < len(starts):
         starts = starts[torch.linspace(0, len(starts) - 1, windows).long()]
     nats, size = 0.0, 0.0
-    for at in starts.split(4):
+    for at in starts.split(max(1, 8192 // length)):
         tokens = stream[(at[:, None] + torch.arange(length + 1)).to(stream.device)]
         hidden, _, _ = model(tokens[:, :-1], mode)
         target = tokens[:, 1:].flatten()
@@ -38,9 +38,9 @@ def bits_per_byte(
 
 @torch.no_grad()
 def generate(model: TinyNSA, prompts: Tensor, new: int, temperature: float = 0.0) -> Tensor:
-    """Continues equally long ``prompts`` ([b, t], int64), sparse attention over cached keys; 0 means greedily.
+    """Continues equally long ``prompts`` ([b, t], int64) with sparse attention over cached keys.
 
-    Returns [b, t + new], int64.
+    Greedily where ``temperature`` is 0. Returns [b, t + new], int64.
     """
     b, t = prompts.shape
     tokens = torch.cat([prompts, prompts.new_zeros(b, new)], dim=1)
@@ -74,14 +74,15 @@ def generate(model: TinyNSA, prompts: Tensor, new: int, temperature: float = 0.0
 def accepted_drafts(model: TinyNSA, tokens: Tensor, steps: int, rule: str) -> Tensor:
     """How many of the drafts made after each position agree with ``tokens``.
 
-    ``tokens`` ([b, t], int64) must be what the target itself decodes greedily, from the position asked about on.
+    ``tokens`` ([b, t], int64) must be what the target decodes greedily after the positions asked about.
     Returns [b, t - steps - 1], int64, 0..steps.
     """
     hidden, _, _ = model(tokens, "sparse")
     logits, _, _ = model.draft(hidden, tokens, steps, rule, own_tokens=True)
     rows = tokens.shape[1] - steps - 1
-    right = torch.stack([part[:, :rows].argmax(-1) == tokens[:, k + 2 : k + 2 + rows] for k, part in
-                         enumerate(logits)])
+    right = torch.stack(
+        [part[:, :rows].argmax(-1) == tokens[:, k + 2 : k + 2 + rows] for k, part in enumerate(logits)]
+    )
     return right.int().cumprod(0).sum(0)
 
 
@@ -90,8 +91,8 @@ def accept_length(
 ) -> dict[str, float]:
     """Mean tokens per verify, the bonus token included, of greedy decoding with ``steps`` drafts per verify.
 
-    Every verify accepts the drafts that equal the target's greedy choice, and one token more; the next chain starts
-    behind it. Prompts of equal length run as one batch.
+    Every verify accepts the drafts that equal the target's greedy choice, and one token more; the next chain
+    starts behind it. Prompts of equal length run as one batch.
     """
     groups: dict[int, list[list[int]]] = defaultdict(list)
     for prompt in prompts:

@@ -12,7 +12,7 @@ from .config import BOS, EOS, PAD, ModelConfig
 from .model import TinyNSA
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib import pyplot as plt
 
 # A message of the user or the system becomes comments, one of the assistant stays code.
 CHAT_TEMPLATE = (
@@ -35,9 +35,9 @@ def hf_name(name: str, layers: int) -> str:
     return name if name.startswith("lm_head.") else "model." + name
 
 
-def save_model(model: TinyNSA, out: Path) -> None:
-    """``config.json``, ``generation_config.json`` and ``model.safetensors`` (BF16; the selection biases fp32)."""
-    layers = model.config.num_hidden_layers
+def save_model(model: TinyNSA, config: ModelConfig, out: Path) -> None:
+    """``config.json``, ``generation_config.json``, ``model.safetensors`` (BF16; selection biases fp32)."""
+    layers = config.num_hidden_layers
     tensors = {}
     for name, tensor in model.state_dict().items():
         dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
@@ -47,7 +47,7 @@ def save_model(model: TinyNSA, out: Path) -> None:
     tensors[nextn + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
-    write_json(out / "config.json", model.config.to_hf())
+    write_json(out / "config.json", config.to_hf())
     write_json(
         out / "generation_config.json",
         {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "do_sample": False},

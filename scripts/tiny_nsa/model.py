@@ -20,7 +20,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Sigmoid scores, group-limited top-k, a selection bias instead of a balance loss (DeepSeek-V3, 2.1.2)."""
+    """Sigmoid scores, group-limited top-k, a selection bias and no balance loss (DeepSeek-V3, 2.1.2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -127,7 +127,9 @@ class TinyNSA(nn.Module):
             if weight.dim() != 2:
                 continue
             std = 0.02 if "embed" in name or "gate.weight" in name else 0.6 * weight.shape[1] ** -0.5
-            nn.init.normal_(weight, std=std * (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1))
+            nn.init.normal_(
+                weight, std=std * (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+            )
         eye = 0.5 * torch.eye(self.config.hidden_size)  # the MTP layer starts from the mean of its two inputs
         self.nextn.eh_proj.weight.mul_(0.1).add_(torch.cat([eye, eye], dim=1))
 
@@ -163,9 +165,10 @@ class TinyNSA(nn.Module):
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """Runs the MTP layer ``steps`` times from every position at once, exactly as serving does from one.
 
-        Row i is the chain that starts once tokens 0..i are committed and token i + 1 is known. Step k feeds back
-        the layer's own normed output with token i + k at position i + k - 1; it reads the keys that step 1 wrote at
-        0..i (those come from the target's hidden states) and, under the rule ``step``, those of its own chain.
+        Row i is the chain that starts once tokens 0..i are committed and token i + 1 is known. Step k feeds
+        back the layer's own normed output with token i + k at position i + k - 1; it reads the keys that step
+        1 wrote at 0..i (those come from the target's hidden states) and, under the rule ``step``, those of
+        its own chain.
 
         Args:
             hidden: the target's normed hidden states, [b, t, hidden].
@@ -174,8 +177,8 @@ class TinyNSA(nn.Module):
             own_tokens: feed each chain the tokens it drafted itself instead of the text's.
             mode: ``dense`` works for a single step only.
         Returns:
-            the logits of each step, [b, t, vocab] (step k of row i predicts token i + k + 1), the indexer's mean
-            loss and the load of the experts. Row i of step k means something while token i + k is given.
+            the logits of each step, [b, t, vocab] (step k of row i predicts token i + k + 1), the indexer's
+            mean loss and the load of the experts. Row i of step k means something while token i + k is given.
         """
         if rule not in ("step", "committed"):
             raise ValueError(f"rule must be 'step' or 'committed', got {rule!r}")

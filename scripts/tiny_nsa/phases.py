@@ -1,4 +1,4 @@
-"""The training: five phases, each with a share of the time budget."""
+"""The training: six phases, each with a share of the time budget."""
 
 import logging
 import math
@@ -19,30 +19,34 @@ logger = logging.getLogger(__name__)
 
 BALANCE_RATE = 1e-3  # step of the experts' selection bias, DeepSeek-V3 report 4.2
 DRAFT_STEPS = 4
+TOPK_MARGIN = 2  # training selects so many times fewer keys than serving: what is harder makes it robust
 MTP_WEIGHT = 0.3  # of the MTP layer's first step while the main model trains, as in the DeepSeek-V3 report
 COMPILE_STEPS = 4  # the first steps compile; a phase's time counts from there
 TEMPERATURE = 0.5  # of the text that the model writes
-WRITING_ROUNDS = 2  # how often the model writes new text for the last phase
+WRITING_ROUNDS = 1  # how often the model writes new text for the last phase
 WARM_STEPS = 50  # steps over which a phase's learning rate rises
 
 
 @dataclass(frozen=True)
 class Phase:
     name: str
+    mode: str  # of the attention
     share: float  # of the seconds
     length: int  # tokens per window
     batch: int
     lr: float
     end: float  # final learning rate / lr
+    indexer_lr: float
     trains: str  # "all", "indexer" (of every layer) or "nextn"
 
 
 PHASES = (
-    Phase("dense", 0.34, 2048, 32, 3e-3, 0.1, "all"),
-    Phase("warmup", 0.05, 2048, 8, 2e-3, 0.2, "indexer"),
-    Phase("sparse", 0.23, 4096, 4, 5e-4, 0.02, "all"),
-    Phase("mtp", 0.22, 2048, 8, 1.5e-3, 0.5, "nextn"),
-    Phase("on_policy", 0.16, 2048, 8, 7.5e-4, 0.02, "nextn"),
+    Phase("dense", "dense", 0.21, 2048, 32, 3e-3, 0.3, 0.0, "all"),
+    Phase("warmup", "warmup", 0.07, 2048, 8, 0.0, 0.3, 4e-3, "indexer"),
+    Phase("sparse", "sparse", 0.36, 2048, 8, 1e-3, 0.3, 2e-3, "all"),
+    Phase("sparse_long", "sparse", 0.13, 4096, 4, 3e-4, 0.02, 6e-4, "all"),
+    Phase("mtp", "sparse", 0.13, 2048, 8, 1.5e-3, 0.5, 1e-3, "nextn"),
+    Phase("on_policy", "sparse", 0.10, 2048, 8, 7.5e-4, 0.02, 5e-4, "nextn"),
 )
 
 
@@ -50,17 +54,23 @@ def quick_phases() -> tuple[Phase, ...]:
     return tuple(replace(p, length=p.length // 32, batch=4) for p in PHASES)
 
 
-def learning_rate(phase: Phase, step: int, elapsed: float) -> float:
-    """A short rise by steps, then a cosine over the phase's time (``elapsed``, 0..1)."""
+def schedule(phase: Phase, step: int, elapsed: float) -> float:
+    """Factor of the learning rates: a short rise by steps, then a cosine over the phase's time (0..1)."""
     cosine = phase.end + (1 - phase.end) * 0.5 * (1 + math.cos(math.pi * min(elapsed, 1.0)))
-    return phase.lr * min(1.0, (step + 1) / WARM_STEPS) * cosine
+    return min(1.0, (step + 1) / WARM_STEPS) * cosine
 
 
 class Trainer:
     """Runs the phases over one model and keeps what happened in ``history`` and ``steps``."""
 
     def __init__(
-        self, model: TinyNSA, crops: Crops, held_out: Tensor, sizes: Tensor, phases: tuple[Phase, ...], seconds: float
+        self,
+        model: TinyNSA,
+        crops: Crops,
+        held_out: Tensor,
+        sizes: Tensor,
+        phases: tuple[Phase, ...],
+        seconds: float,
     ) -> None:
         self.model, self.crops, self.held_out, self.sizes = model, crops, held_out, sizes
         self.phases, self.seconds = phases, seconds
@@ -75,41 +85,55 @@ class Trainer:
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return nullcontext()
 
-    def trained(self, phase: Phase) -> list[torch.nn.Parameter]:
-        """The phase's parameters; every other one is frozen."""
-        chosen = []
+    def groups(self, phase: Phase) -> list[dict[str, object]]:
+        """The phase's parameters, grouped as the optimizer wants them; every other one is frozen."""
+        groups: dict[str, list[torch.nn.Parameter]] = {"matrix": [], "vector": [], "indexer": []}
         for name, weight in self.model.named_parameters():
-            mine = {"all": True, "indexer": ".indexer." in name, "nextn": name.startswith("nextn.")}[phase.trains]
+            indexer = ".indexer." in name
+            mine = {"all": True, "indexer": indexer, "nextn": name.startswith("nextn.")}[phase.trains]
             weight.requires_grad_(mine)
             if mine:
-                chosen.append(weight)
-        return chosen
+                groups["indexer" if indexer else "matrix" if weight.dim() == 2 else "vector"].append(weight)
+        return [
+            {
+                "params": weights,
+                "weight_decay": 0.1 if kind == "matrix" else 0.0,
+                "peak": phase.indexer_lr if kind == "indexer" else phase.lr,
+            }
+            for kind, weights in groups.items()
+            if weights
+        ]
 
     def run(self) -> None:
         for phase in self.phases:
             self.run_phase(phase)
 
     def run_phase(self, phase: Phase) -> None:
-        weights = self.trained(phase)
-        groups = [
-            {"params": [w for w in weights if w.dim() == 2], "weight_decay": 0.1},
-            {"params": [w for w in weights if w.dim() != 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=self.device.type == "cuda")
+        groups = self.groups(phase)
+        optimizer = torch.optim.AdamW(
+            groups, lr=phase.lr, betas=(0.9, 0.95), fused=self.device.type == "cuda"
+        )
         budget, began, step, measured = phase.share * self.seconds, time.monotonic(), 0, 0
         bar = tqdm(total=round(budget), desc=phase.name, unit="s", mininterval=2.0)
         while step < COMPILE_STEPS or (elapsed := (time.monotonic() - began) / budget) < 1.0:
             if step < COMPILE_STEPS:
                 began, elapsed = time.monotonic(), 0.0
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(phase, step, elapsed)
+                group["lr"] = group["peak"] * schedule(phase, step, elapsed)
             loss, figures = self.loss(phase, step, elapsed)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            for group in optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step % 10 == 0:
-                self.note(phase, step, {"loss": loss.item(), **{k: v.item() for k, v in figures.items()}}, bar, began)
+                self.note(
+                    phase,
+                    step,
+                    {"loss": loss.item(), **{k: v.item() for k, v in figures.items()}},
+                    bar,
+                    began,
+                )
             if phase.trains == "all" and elapsed > (measured + 1) / 6:
                 measured += 1
                 self.note(phase, step, {"held_out": self.measure(phase)}, bar, began)
@@ -129,16 +153,17 @@ class Trainer:
         bar.update(min(round(time.monotonic() - began), bar.total) - bar.n)
 
     def measure(self, phase: Phase) -> float:
-        mode = "sparse" if phase.name == "sparse" else "dense"
         with torch.compiler.set_stance("force_eager"), self.autocast():
-            return bits_per_byte(self.model, self.held_out, self.sizes, self.phases[0].length, mode, windows=24)
+            return bits_per_byte(
+                self.model, self.held_out, self.sizes, self.phases[0].length, phase.mode, windows=24
+            )
 
     def loss(self, phase: Phase, step: int, elapsed: float) -> tuple[Tensor, dict[str, Tensor]]:
         if phase.name == "warmup":  # too short to be worth compiling
             with torch.compiler.set_stance("force_eager"), self.autocast():
                 return self.warmup_loss(self.crops.draw(phase.batch, phase.length + 1))
         if phase.trains == "all":
-            return self.main_loss(self.crops.draw(phase.batch, phase.length + 1), phase.name)
+            return self.main_loss(self.crops.draw(phase.batch, phase.length + 1), phase.mode)
         rule = "step" if step % 3 else "committed"
         if phase.name == "on_policy" and step % 4:
             return self.nextn_loss(self.on_policy(phase, elapsed), rule, skip=phase.length // 2 - 1)
@@ -151,7 +176,7 @@ class Trainer:
         return main + nextn, {"index": main.detach(), "index_mtp": nextn.detach()}
 
     def main_loss(self, tokens: Tensor, mode: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """Next token, the MTP layer's first step, and the indexers where they run. # tokens [b, t + 1], int64"""
+        """Next token, the MTP layer's first step, the indexers where they run. # tokens [b, t + 1], int64"""
         with self.autocast():
             hidden, index, loads = self.model(tokens[:, :-1], mode)
             logits = self.model.lm_head(hidden)
@@ -166,8 +191,8 @@ class Trainer:
     def nextn_loss(self, tokens: Tensor, rule: str, skip: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """Distance of the drafts from the target's own predictions, over ``DRAFT_STEPS`` steps.
 
-        Half cross entropy with the target's greedy choice, which is what gets accepted, half with its distribution.
-        Rows below ``skip`` do not count. # tokens [b, t], int64
+        Half cross entropy with the target's greedy choice, which is what gets accepted, half with its
+        distribution. Rows below ``skip`` do not count. # tokens [b, t], int64
         """
         with self.autocast():
             with torch.no_grad():
@@ -187,7 +212,7 @@ class Trainer:
         return total, {"agree_1": agree[0], f"agree_{DRAFT_STEPS}": agree[-1], "index": index.detach()}
 
     def on_policy(self, phase: Phase, elapsed: float) -> Tensor:
-        """Windows whose second half the model wrote itself: what drafts meet in use.  # [batch, length], int64"""
+        """Windows whose second half the model wrote: what drafts meet in use.  # [batch, length], int64"""
         if elapsed >= len(self.written) / WRITING_ROUNDS:
             many = 32 * phase.batch if self.device.type == "cuda" else phase.batch
             half = phase.length // 2
