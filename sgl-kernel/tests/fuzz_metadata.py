@@ -18,7 +18,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import sgl_kernel  # noqa: E402
 import torch  # noqa: E402
-from metadata_cases import CopyRig, GenerateRig, random_copy_case, random_generate_case  # noqa: E402
+from copy_cases import CopyRig, random_copy_case  # noqa: E402
+from generate_cases import GenerateRig, random_generate_case  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,7 +12,9 @@ import test_fused_metadata_copy as copy_tests  # noqa: E402
 import test_nsa_metadata_generate as generate_tests  # noqa: E402
 import test_sglang_calls as sglang_tests  # noqa: E402
 import torch  # noqa: E402
-from metadata_cases import CopyCase, CopyRig, GenerateRig, assert_same  # noqa: E402
+from arena import assert_same  # noqa: E402
+from copy_cases import CopyCase, CopyRig  # noqa: E402
+from generate_cases import GenerateRig  # noqa: E402
 
 
 def main() -> None:

@@ -7,18 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from metadata_cases import (
-    DECODE,
-    DRAFT_EXTEND,
-    TARGET_VERIFY,
-    CopyRig,
-    GenerateCase,
-    GenerateRig,
-    assert_same,
-    fill_random,
-    generate_case,
-    metadata_copy_case,
-)
+from arena import DECODE, DRAFT_EXTEND, TARGET_VERIFY, assert_same, fill_random
+from copy_cases import CopyRig, metadata_copy_case
+from generate_cases import GenerateCase, GenerateRig, generate_case
 
 pytestmark = pytest.mark.gpu
 REPLAYS = 60

@@ -7,16 +7,8 @@ from dataclasses import replace
 import pytest
 import sgl_kernel
 import torch
-from metadata_cases import (
-    DECODE,
-    DRAFT_EXTEND,
-    TARGET_VERIFY,
-    CopyCase,
-    CopyRig,
-    RegionSpec,
-    huge_table,
-    metadata_copy_case,
-)
+from arena import DECODE, DRAFT_EXTEND, TARGET_VERIFY, huge_table
+from copy_cases import CopyCase, CopyRig, RegionSpec, metadata_copy_case
 
 CORRECTNESS = [
     metadata_copy_case(DECODE, 4, 300, n=3),

@@ -5,16 +5,8 @@ from __future__ import annotations
 import pytest
 import sgl_kernel
 import torch
-from metadata_cases import (
-    DECODE,
-    DRAFT_EXTEND,
-    TARGET_VERIFY,
-    DestinationSpec,
-    GenerateCase,
-    GenerateRig,
-    generate_case,
-    huge_table,
-)
+from arena import DECODE, DRAFT_EXTEND, TARGET_VERIFY, huge_table
+from generate_cases import DestinationSpec, GenerateCase, GenerateRig, generate_case
 
 LENGTHS = (0, 1, 5, 63, 64, 65, 200, 1)
 MODES = [

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import sgl_kernel
+from copy_cases import CopyRig, random_copy_case
+from generate_cases import GenerateRig, random_generate_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from metadata_cases import CopyRig, GenerateRig, random_copy_case, random_generate_case
 
 COMMON = settings(
     max_examples=600,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import sgl_kernel
 import torch
-from metadata_cases import DECODE, DRAFT_EXTEND, TARGET_VERIFY, Arena, Slot, assert_same, fill_random
+from arena import DECODE, DRAFT_EXTEND, TARGET_VERIFY, Arena, Slot, assert_same, fill_random
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 // The CUDA kernels as a backend for CPU tensors, emulated. Blocks run last to first: no order may matter.
+// clang-format off: torch must come before the emulation's macros, the kernels after them
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "cuda_emulation.h"
 
 #include "attention/fused_metadata_copy.cuh"
 #include "attention/nsa_metadata_generate.cuh"
-#include "cuda_emulation.h"
+// clang-format on
 
 namespace sgl_kernel {
 
