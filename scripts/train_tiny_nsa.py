@@ -36,7 +36,7 @@ from tokenizers import Tokenizer
 
 logger = logging.getLogger("train_tiny_nsa")
 NEW_TOKENS = 128  # decoded per prompt for the accept length
-SAMPLE_PROMPT = "import unittest\n\n\nclass TestStack(unittest.TestCase):\n\n    def test_push(self):\n"
+SAMPLE_PROMPT = "def main():\n    import argparse\n    parser = argparse.ArgumentParser()\n"
 
 
 def arguments() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--seconds", type=float, default=300, help="time the phases share, compiling aside (default 300)"
+        "--seconds", type=float, default=270, help="time the phases share, compiling aside (default 270)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="tiny widths and windows, for a CPU")
@@ -141,6 +141,7 @@ def main() -> None:
         },
         "parameters": sum(w.numel() for w in model.parameters()),
         "seed": args.seed,
+        "seconds": args.seconds,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "wall_seconds": round(time.monotonic() - began, 1),
