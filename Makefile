@@ -37,8 +37,15 @@ serve: setup
 		--model-path $(MODEL) --served-model-name $(notdir $(MODEL)) --host $(HOST) --port $(PORT) \
 		--speculative-algorithm NEXTN --speculative-num-steps $(STEPS) $(ARGS)
 
-test: setup
-	$(BIN)/python -m pytest $(ARGS)
+# One thread for each test process: the suite's servers and workers share the machine.
+test: setup $(VENV)/.emulation
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+# The CUDA kernels compiled for the CPU, thread by thread: what their tests run on a machine without a GPU.
+$(VENV)/.emulation: $(VENV)/.installed $(KERNEL_SOURCES)
+	cmake -S sgl-kernel -B sgl-kernel/build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSGL_KERNEL_CUDA=OFF
+	cmake --build sgl-kernel/build --parallel
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
