@@ -7,17 +7,16 @@
 namespace sgl_kernel {
 
 constexpr int kBlockThreads = 256;  // threads of a block, in all kernels
-constexpr int kBlocksPerSm =
-    5;  // resident together: 48 registers a thread, enough loads in flight for the memory
+constexpr int kBlocksPerSm = 5;     // resident together: 48 registers a thread, enough loads in flight for the memory
 
 struct CopyParams;
 struct GenerateParams;
 
 namespace backend {
 
-const char* device_name();           // "cpu" or "cuda"
-int32_t device_type();               // torch's number for it
-void prepare(int32_t device_index);  // loads the kernels, so that a later launch may be captured in a graph
+const char* device_name();                      // "cpu" or "cuda"
+int32_t device_type();                          // torch's number for it
+void prepare(int32_t device_index);             // loads the kernels, so that a later launch may be captured in a graph
 int32_t resident_blocks(int32_t device_index);  // blocks of kBlockThreads that run at the same time
 
 // Both enqueue on the device's current stream and return at once (the CPU: when done).

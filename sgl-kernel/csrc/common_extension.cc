@@ -35,8 +35,6 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
 
 namespace sgl_kernel {
 
-void abi_version(StableIValue* stack, uint64_t, uint64_t) {
-  stack[0] = torch::stable::detail::from(kAbiVersion);
-}
+void abi_version(StableIValue* stack, uint64_t, uint64_t) { stack[0] = torch::stable::detail::from(kAbiVersion); }
 
 }  // namespace sgl_kernel

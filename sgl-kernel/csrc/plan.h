@@ -25,12 +25,11 @@ struct PlanHeader {
 template <typename Launch>
 AtenTensorHandle make_plan(const PlanHeader& header, const std::vector<Launch>& launches) {
   static_assert(std::is_trivially_copyable_v<Launch>);
-  const int64_t size = static_cast<int64_t>(sizeof(PlanHeader) + launches.size() * sizeof(Launch)),
-                stride = 1;
+  const int64_t size = static_cast<int64_t>(sizeof(PlanHeader) + launches.size() * sizeof(Launch)), stride = 1;
   AtenTensorHandle plan = nullptr;
-  check_shim(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                      aoti_torch_device_type_cpu(), 0, &plan),
-             "memory for a plan");
+  check_shim(
+      aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &plan),
+      "memory for a plan");
   void* data = nullptr;
   check_shim(aoti_torch_get_data_ptr(plan, &data), "a data pointer");
   std::memcpy(data, &header, sizeof(header));

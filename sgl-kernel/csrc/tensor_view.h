@@ -6,9 +6,9 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "backend.h"
 
@@ -29,8 +29,7 @@ struct FieldName {
 
 // Every rejection reads: <operator>: <field>: expected <what>, found <what>.
 template <typename Expected, typename Found>
-[[noreturn]] void reject(const char* op, const FieldName& field, const Expected& expected,
-                         const Found& found) {
+[[noreturn]] void reject(const char* op, const FieldName& field, const Expected& expected, const Found& found) {
   std::ostringstream text;
   text << op << ": " << field.str() << ": expected " << expected << ", found " << found;
   throw std::runtime_error(text.str());
@@ -119,16 +118,15 @@ inline void check_device(const char* op, const TensorView& view, int32_t device_
 
 inline void check_shape(const char* op, const TensorView& view, int64_t rows, int64_t cols) {
   if (view.cols >= cols && (view.dim == 1 || view.rows >= rows)) return;
-  const std::string wanted = view.dim == 1 ? "[" + std::to_string(cols) + "]"
-                                           : "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+  const std::string wanted =
+      view.dim == 1 ? "[" + std::to_string(cols) + "]" : "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
   reject(op, view.name, "a shape of at least " + wanted, shape_text(view));
 }
 
 inline void check_stride(const char* op, const TensorView& view, bool written) {
   if (view.cols > 1 && view.col_stride != 1) reject(op, view.name, "an inner stride of 1", view.col_stride);
   if (written && view.dim == 2 && view.rows > 1 && view.row_stride < view.cols) {
-    reject(op, view.name,
-           "rows that do not overlap (row stride of at least " + std::to_string(view.cols) + ")",
+    reject(op, view.name, "rows that do not overlap (row stride of at least " + std::to_string(view.cols) + ")",
            view.row_stride);
   }
 }

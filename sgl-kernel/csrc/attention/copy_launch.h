@@ -40,8 +40,7 @@ inline void check_overlaps(const char* op, const RegionArgs* regions, int num_re
       for (int d = 0; d < regions[q].num_dsts; ++d) {
         const TensorView& dst = regions[q].dsts[d];
         if (overlaps(src, footprint(dst, regions[q].extent))) {
-          reject(op, dst.name, "memory apart from every source",
-                 "an overlap with " + regions[r].src.name.str());
+          reject(op, dst.name, "memory apart from every source", "an overlap with " + regions[r].src.name.str());
         }
       }
     }

@@ -11,8 +11,8 @@ namespace sgl_kernel {
 
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("sgl_kernel: ") + what + " failed: " + cudaGetErrorName(status) +
-                           ": " + cudaGetErrorString(status));
+  throw std::runtime_error(std::string("sgl_kernel: ") + what + " failed: " + cudaGetErrorName(status) + ": " +
+                           cudaGetErrorString(status));
 }
 
 // Makes `device_index` current for the life of the object.

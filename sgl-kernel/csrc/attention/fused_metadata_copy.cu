@@ -18,8 +18,7 @@ int32_t device_type() { return aoti_torch_device_type_cuda(); }
 void prepare(int32_t device_index) {
   const DeviceScope scope(device_index);
   cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, fused_metadata_copy_kernel),
-             "loading fused_metadata_copy_kernel");
+  check_cuda(cudaFuncGetAttributes(&attributes, fused_metadata_copy_kernel), "loading fused_metadata_copy_kernel");
   load_generate_kernel();
 }
 

@@ -10,8 +10,7 @@
 namespace sgl_kernel {
 
 constexpr int kMaxCopyRegions = 12;  // regions in one launch
-constexpr int kMaxCopySlots =
-    208;  // (region, destination) pairs in one launch: 16 destinations of 13 regions
+constexpr int kMaxCopySlots = 208;   // (region, destination) pairs in one launch: 16 destinations of 13 regions
 constexpr int kCopyBytesPerThread = 16;
 
 // One destination of one region.
@@ -70,11 +69,10 @@ __device__ __forceinline__ void copy_tile(const CopyParams& params, const CopyRe
   const int lanes = 1 << region.log2_lanes;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const uint32_t tile_row = tile / region.row_tiles;
-  const int64_t row = static_cast<int64_t>(tile_row) * (kBlockThreads >> region.log2_lanes) +
-                      (threadIdx.x >> region.log2_lanes);
+  const int64_t row =
+      static_cast<int64_t>(tile_row) * (kBlockThreads >> region.log2_lanes) + (threadIdx.x >> region.log2_lanes);
   if (row >= region.rows) return;
-  const int64_t begin =
-      static_cast<int64_t>(tile - tile_row * region.row_tiles) * (lanes * kCopyBytesPerThread);
+  const int64_t begin = static_cast<int64_t>(tile - tile_row * region.row_tiles) * (lanes * kCopyBytesPerThread);
   const int64_t left = region.row_bytes - begin;
   const int bytes = left < lanes * kCopyBytesPerThread ? static_cast<int>(left) : lanes * kCopyBytesPerThread;
   const int whole = bytes / kSize;  // my units: lane, lane + lanes, ... below `whole`

@@ -23,8 +23,8 @@ struct PlanArgs {
 void check_counts(const PlanArgs& args) {
   const size_t regions = args.srcs.size();
   if (regions == 0) reject(kOp, {"regions"}, "at least one region", 0);
-  if (args.num_dsts.size() != regions || args.rows_expanded.size() != regions ||
-      args.rows_extra.size() != regions || args.cols_per.size() != regions) {
+  if (args.num_dsts.size() != regions || args.rows_expanded.size() != regions || args.rows_extra.size() != regions ||
+      args.cols_per.size() != regions) {
     reject(kOp, {"regions"}, "lists of one length", "lists of different lengths");
   }
   uint64_t total = 0;
@@ -54,8 +54,7 @@ CopyExtent check_source(TensorView& src, int r, const PlanArgs& args, int32_t de
   const int64_t most = extent.one_dimensional ? extent.cols : extent.rows;
   if (extent.rows_extra < 0 || extent.rows_extra > most || (extent.rows_extra > 0 && !extent.rows_expanded)) {
     reject(kOp, {"", "regions[%d].rows_extra", r},
-           "0, or with rows=\"expanded\" at most the source's " + std::to_string(most) + " rows",
-           extent.rows_extra);
+           "0, or with rows=\"expanded\" at most the source's " + std::to_string(most) + " rows", extent.rows_extra);
   }
   if (extent.cols_per < 0 || (extent.cols_per > 0 && extent.one_dimensional)) {
     reject(kOp, {"", "regions[%d].cols_per", r}, "0, or at least 1 with a 2-D source", extent.cols_per);
@@ -67,8 +66,7 @@ CopyExtent check_source(TensorView& src, int r, const PlanArgs& args, int32_t de
 }
 
 PlanHeader make_header(const std::vector<RegionArgs>& regions, int32_t device_index, size_t launches) {
-  PlanHeader header{
-      kMagic, static_cast<int64_t>(launches), device_index, backend::device_type(), {kNoLimit, kNoLimit}};
+  PlanHeader header{kMagic, static_cast<int64_t>(launches), device_index, backend::device_type(), {kNoLimit, kNoLimit}};
   for (const RegionArgs& region : regions) {
     const CopyExtent& extent = region.extent;
     if (extent.rows_expanded) {
@@ -144,8 +142,7 @@ void fused_metadata_copy_plan(StableIValue* stack, uint64_t, uint64_t) {
   });
   const std::vector<CopyLaunch> launches = pack(regions);
   backend::prepare(device_index);
-  stack[0] =
-      torch::stable::detail::from(make_plan(make_header(regions, device_index, launches.size()), launches));
+  stack[0] = torch::stable::detail::from(make_plan(make_header(regions, device_index, launches.size()), launches));
 }
 
 void fused_metadata_copy_run(StableIValue* stack, uint64_t, uint64_t) {

@@ -74,8 +74,8 @@ void check_size(const char* op, const char* name, int64_t value) {
 
 // `fields`: which of kFields the call has; `handles`: their sources, then each destination's, in the order of
 // the table.
-void copy_sets(const char* op, const Field* const* fields, int num_fields, const TensorHandle* handles,
-               int num_dsts, const Sizes& sizes) {
+void copy_sets(const char* op, const Field* const* fields, int num_fields, const TensorHandle* handles, int num_dsts,
+               const Sizes& sizes) {
   if (sizes.mode == 0 && sizes.expanded != sizes.bs) {
     reject(op, {"seqlens_expanded_size"}, "bs (" + std::to_string(sizes.bs) + ") in DECODE", sizes.expanded);
   }
@@ -88,8 +88,7 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
     const bool only_expanded = field.optional && field.live == Live::kRows;
     if (only_expanded && sizes.mode == 0) continue;
     if (!handles[f]) {
-      if (only_expanded)
-        reject(op, {field.name, "_src"}, "a tensor in TARGET_VERIFY and DRAFT_EXTEND", "None");
+      if (only_expanded) reject(op, {field.name, "_src"}, "a tensor in TARGET_VERIFY and DRAFT_EXTEND", "None");
       continue;
     }
     RegionArgs& region = regions[num_regions++];
@@ -111,8 +110,7 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
       dst.data += part.first * 4;
       // SGLang lets its int32 seq_lens buffer be source and destination at once: a copy onto itself, nothing
       // to do.
-      const bool itself =
-          dst.data == region.src.data && (part.rows <= 1 || dst.row_stride == region.src.row_stride);
+      const bool itself = dst.data == region.src.data && (part.rows <= 1 || dst.row_stride == region.src.row_stride);
       if (!itself) ++num_views, ++region.num_dsts;
     }
     if (part.rows == 0 || part.cols == 0 || region.num_dsts == 0) --num_regions, region = RegionArgs{};
@@ -143,8 +141,7 @@ std::string schema(const char* name, bool multi, const char* integers) {
 }
 
 // Takes `sets` sets of tensors off the stack; returns the first place after them.
-int take_sets(StableIValue* stack, bool multi, int sets, TensorHandle* handles, const Field** fields,
-              int& num_fields) {
+int take_sets(StableIValue* stack, bool multi, int sets, TensorHandle* handles, const Field** fields, int& num_fields) {
   num_fields = 0;
   for (const Field& field : kFields) {
     if (!multi || field.in_multi) fields[num_fields++] = &field;
@@ -175,8 +172,7 @@ void fused_metadata_copy(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t mode = take<int64_t>(integers[0]), bs = take<int64_t>(integers[1]);
   const int64_t max_len = take<int64_t>(integers[2]), max_seqlen_k = take<int64_t>(integers[3]);
   const int64_t expanded = take<int64_t>(integers[4]);
-  if (mode < 0 || mode > 2)
-    reject(kOp, {"forward_mode"}, "0 (DECODE), 1 (TARGET_VERIFY) or 2 (DRAFT_EXTEND)", mode);
+  if (mode < 0 || mode > 2) reject(kOp, {"forward_mode"}, "0 (DECODE), 1 (TARGET_VERIFY) or 2 (DRAFT_EXTEND)", mode);
   check_size(kOp, "bs", bs);
   check_size(kOp, "max_len", max_len);
   check_size(kOp, "max_seqlen_k", max_seqlen_k);

@@ -64,8 +64,7 @@ void check_scalars(const PlanArgs& args) {
   check_range("bs", args.bs, 0, kMaxRows);
   check_range("page_size", args.page_size, 1, kMost);
   check_range("topk", args.topk, 1, kMost);
-  check_range("rows_per_req", args.rows_per_req, 1,
-              args.mode == 0 ? 1 : kMaxRows / std::max<int64_t>(args.bs, 1));
+  check_range("rows_per_req", args.rows_per_req, 1, args.mode == 0 ? 1 : kMaxRows / std::max<int64_t>(args.bs, 1));
   if (args.packed && args.mode != 2) reject(kOp, {"packed"}, "False outside DRAFT_EXTEND (mode 2)", "True");
   if (args.has_accept_lens != (args.mode == 2)) {
     reject(kOp, {"accept_lens"}, args.mode == 2 ? "a tensor in DRAFT_EXTEND" : "None outside DRAFT_EXTEND",
@@ -87,8 +86,7 @@ void check_inputs(PlanArgs& args) {
   check_index_vector(args.req_pool_indices, device_index, args.bs);
   check_tensor(kOp, args.req_to_token, {device_index, aoti_torch_dtype_int32(), 2, args.bs > 0 ? 1 : 0, 0});
   if (args.req_to_token.cols > kMaxColumns) {
-    reject(kOp, args.req_to_token.name, "at most " + std::to_string(kMaxColumns) + " columns",
-           args.req_to_token.cols);
+    reject(kOp, args.req_to_token.name, "at most " + std::to_string(kMaxColumns) + " columns", args.req_to_token.cols);
   }
   if (args.has_accept_lens) {
     check_tensor(kOp, args.accept_lens, {device_index, aoti_torch_dtype_int32(), 1, 1, args.bs});
@@ -107,18 +105,16 @@ void check_table_width(const TensorView& table, const PlanArgs& args, int64_t pa
   const int64_t most = (args.req_to_token.cols + page_size - 1) / page_size;
   if (table.cols <= most) return;
   reject(kOp, table.name,
-         "at most " + std::to_string(most) + " columns (req_to_token has " +
-             std::to_string(args.req_to_token.cols) + ", page size " + std::to_string(page_size) + ")",
+         "at most " + std::to_string(most) + " columns (req_to_token has " + std::to_string(args.req_to_token.cols) +
+             ", page size " + std::to_string(page_size) + ")",
          table.cols);
 }
 
 void check_no_input_overlap(const TensorView& dst, const PlanArgs& args) {
   const auto whole = [](const TensorView& view) {
-    return Footprint{view.data, view.rows, view.cols * view.element_size,
-                     view.row_stride * view.element_size};
+    return Footprint{view.data, view.rows, view.cols * view.element_size, view.row_stride * view.element_size};
   };
-  for (const TensorView* input :
-       {&args.seq_lens, &args.req_pool_indices, &args.req_to_token, &args.accept_lens}) {
+  for (const TensorView* input : {&args.seq_lens, &args.req_pool_indices, &args.req_to_token, &args.accept_lens}) {
     if (input == &args.accept_lens && !args.has_accept_lens) continue;
     if (overlaps(whole(*input), whole(dst))) {
       reject(kOp, dst.name, "memory apart from every input", "an overlap with " + input->name.str());
@@ -187,8 +183,7 @@ void finish(GenerateParams& launch, int32_t resident_blocks) {
     const GenerateTables& tables = launch.tables[t];
     launch.aligned = launch.aligned && rows_start_on_16_bytes(tables.page_table_1, tables.stride1);
     launch.max_offset = std::max(launch.max_offset, tables.seqlens_offset);
-    const int64_t last_page_column =
-        tables.width2 > 0 ? (tables.width2 - int64_t{1}) * launch.page_size + 1 : 0;
+    const int64_t last_page_column = tables.width2 > 0 ? (tables.width2 - int64_t{1}) * launch.page_size + 1 : 0;
     max_cols = std::max({max_cols, int64_t{tables.width1}, last_page_column});
   }
   launch.max_cols = static_cast<int32_t>(max_cols);
@@ -231,8 +226,7 @@ std::vector<GenerateParams> make_launches(const PlanArgs& args, const std::vecto
     launch.vectors[launch.num_vectors++] = vectors_of(dsts[d]);
     add_tables(launch, tables_of(dsts[d]));
   }
-  for (GenerateParams& launch : launches)
-    finish(launch, backend::resident_blocks(args.seq_lens.device_index));
+  for (GenerateParams& launch : launches) finish(launch, backend::resident_blocks(args.seq_lens.device_index));
   return launches;
 }
 
@@ -271,8 +265,7 @@ void nsa_metadata_generate_plan(StableIValue* stack, uint64_t, uint64_t) {
       const FieldName name{"", kFields[f].suffix, d};
       dsts[d].fields[f].name = name;
       if ((dst_fields[d] >> f & 1) == 0) continue;
-      if (next == tensors.size())
-        reject(kOp, {"dsts"}, "one tensor per set bit of dst_fields", tensors.size());
+      if (next == tensors.size()) reject(kOp, {"dsts"}, "one tensor per set bit of dst_fields", tensors.size());
       dsts[d].fields[f] = view_tensor(tensors[next++].get(), name);
       dsts[d].has[f] = true;
     }
@@ -283,8 +276,7 @@ void nsa_metadata_generate_plan(StableIValue* stack, uint64_t, uint64_t) {
   const std::vector<GenerateParams> launches = make_launches(args, dsts);
   const int32_t device_index = args.seq_lens.device_index;
   backend::prepare(device_index);
-  const PlanHeader header{
-      kMagic, static_cast<int64_t>(launches.size()), device_index, backend::device_type(), {0, 0}};
+  const PlanHeader header{kMagic, static_cast<int64_t>(launches.size()), device_index, backend::device_type(), {0, 0}};
   stack[0] = torch::stable::detail::from(make_plan(header, launches));
 }
 

@@ -112,9 +112,8 @@ T __ldg(const T* address) {
 inline void __syncthreads() { emulation::block.barrier(); }
 
 inline uint32_t __shfl_up_sync(unsigned, uint32_t value, int step) {
-  return emulation::block.exchange(value, [&](int me, const uint32_t* values) {
-    return me % emulation::kWarp >= step ? values[me - step] : value;
-  });
+  return emulation::block.exchange(
+      value, [&](int me, const uint32_t* values) { return me % emulation::kWarp >= step ? values[me - step] : value; });
 }
 
 inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {

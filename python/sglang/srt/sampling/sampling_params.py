@@ -32,11 +32,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "finite and >= 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k == -1 or 1 <= self.top_k, "-1 (off) or at least 1"),
+            ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (off) or at least 1"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
             ("stop", all(self.stop), "without empty strings"),
-            ("stop_token_ids", all(0 <= t < vocab_size for t in self.stop_token_ids), f"in [0, {vocab_size})"),
+            (
+                "stop_token_ids",
+                all(0 <= t < vocab_size for t in self.stop_token_ids),
+                f"in [0, {vocab_size})",
+            ),
         )
         for name, ok, expected in checks:
             if not ok:

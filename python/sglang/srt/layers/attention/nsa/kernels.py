@@ -18,5 +18,7 @@ def load_kernels(device_type: str) -> ModuleType:
             "it has no FusedMetadataCopyPlan"
         )
     if not library.available(device_type):
-        raise ImportError(f"the kernel library has no operators for {device_type}: {library.load_error(device_type)}")
+        raise ImportError(
+            f"the kernel library has no operators for {device_type}: {library.load_error(device_type)}"
+        )
     return library

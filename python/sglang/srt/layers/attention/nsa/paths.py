@@ -253,7 +253,7 @@ class GraphMetadata:
             action(*args)
 
     def _fall_back(self, error: RuntimeError) -> None:
-        """Where 'auto' chose kernels that fail, plans everything anew in torch; otherwise raises the error."""
+        """Where 'auto' chose kernels that fail, plans everything anew in torch; else raises the error."""
         if self.selection.copy != "auto" or self.methods == TORCH_METHODS:
             raise error
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
