@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 OUT_DIR=${1:-docs/results/latest}
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-.whl}
-STEPS=${STEPS:-build tests fuzz kernels metadata soak}
+STEPS=${STEPS:-build tests fuzz sanitize kernels metadata soak}
 FUZZ_CASES=${FUZZ_CASES:-100000}
 SOAK_REPLAYS=${SOAK_REPLAYS:-100000}
 mkdir -p "$OUT_DIR"
@@ -66,10 +66,10 @@ fi
 export SGL_KERNEL_LIBRARY_DIR=${SGL_KERNEL_LIBRARY_DIR:-$PWD/sgl-kernel/build-gpu}
 
 wants tests && run tests "$PYTHON" -m pytest -m gpu -p no:cacheprovider --durations=15 ${TESTS:-}
-wants fuzz && run fuzz "$PYTHON" sgl-kernel/tests/fuzz_metadata.py --device cuda --cases "$FUZZ_CASES" --seconds "${FUZZ_SECONDS:-240}"
+wants fuzz && run fuzz "$PYTHON" sgl-kernel/tests/fuzz_metadata.py --device cuda --cases "$FUZZ_CASES" --seconds "${FUZZ_SECONDS:-240}" --jobs "${JOBS:-8}"
 wants sanitize && run sanitize bash sgl-kernel/tests/sanitize.sh
 wants kernels && run kernels "$PYTHON" sgl-kernel/benchmark/bench_fused_metadata_copy.py --json "$OUT_DIR/kernels.json"
-wants metadata && run metadata "$PYTHON" -m sglang.bench_metadata --device cuda --json "$OUT_DIR/metadata.json" --plot "$OUT_DIR"
+wants metadata && run metadata "$PYTHON" -m sglang.bench_metadata --device cuda --grid "${GRID:-h200}" --json "$OUT_DIR/metadata.json" --plot "$OUT_DIR"
 wants soak && run soak "$PYTHON" -m sglang.bench_metadata --soak "$SOAK_REPLAYS" --device cuda
 
 if ((${#failed[@]})); then
