@@ -27,12 +27,19 @@ struct FieldName {
   }
 };
 
+// No streams: their locale facets crash where a toolchain links libstdc++ statically into this library and the process
+// has another copy of it.
+inline std::string text_of(const std::string& text) { return text; }
+template <typename Integer, typename = std::enable_if_t<std::is_integral_v<Integer>>>
+std::string text_of(Integer number) {
+  return std::to_string(number);
+}
+
 // Every rejection reads: <operator>: <field>: expected <what>, found <what>.
 template <typename Expected, typename Found>
 [[noreturn]] void reject(const char* op, const FieldName& field, const Expected& expected, const Found& found) {
-  std::ostringstream text;
-  text << op << ": " << field.str() << ": expected " << expected << ", found " << found;
-  throw std::runtime_error(text.str());
+  throw std::runtime_error(std::string(op) + ": " + field.str() + ": expected " + text_of(expected) + ", found " +
+                           text_of(found));
 }
 
 inline void check_shim(AOTITorchError status, const char* what) {

@@ -17,10 +17,7 @@ namespace sgl_kernel {
 
 constexpr int kMaxGenerateDestinations = 32;  // destinations in one launch
 constexpr int kColumnsPerThread = 4;
-constexpr int kColumnsPerChunk = kBlockThreads * kColumnsPerThread;
-constexpr int kChunksPerThread = 2;      // two loads of 16 bytes under way in each thread
-constexpr int kGenerateBlocksPerSm = 4;  // which takes 62 registers: one block less than kBlocksPerSm
-constexpr int kColumnsPerBlock = kColumnsPerChunk * kChunksPerThread;
+constexpr int kColumnsPerBlock = kBlockThreads * kColumnsPerThread;
 
 enum class Mode : int32_t { kDecode = 0, kTargetVerify = 1, kDraftExtend = 2 };
 
@@ -212,37 +209,45 @@ __device__ __forceinline__ uint32_t packed_row(const GenerateParams& p, int32_t 
   return total;
 }
 
-// Four columns of req_to_token, as one thread holds them.
-template <bool kAligned>
-struct Columns {
-  static constexpr int32_t kStep = kAligned ? 1 : kBlockThreads;  // between the columns of one thread
-  int32_t col0;
-  int32_t token[kColumnsPerThread];
+// Writes columns of all rows of request i in all tables: block `col_block` of p.col_blocks. The columns are
+// read once.
+// kPageStarts: of a thread's columns only the first so many can start a page.
+template <bool kAligned, int kPageStarts>
+__device__ __forceinline__ void write_tables(const GenerateParams& p, int32_t i, int32_t col_block) {
+  const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
+  const int32_t last = p.mode == Mode::kDraftExtend ? accepted - 1 : rows - 1;  // the longest row
+  if (last < 0) return;
+  // Both loads are under way before either is needed: a launch this short is a chain of memory latencies.
+  const int64_t seq = seq_len(p, i);
+  const int32_t* const tokens = token_row(p, i);
+  const int32_t bound =
+      static_cast<int32_t>(smaller(row_len(p, kv_len(seq, p.max_offset), accepted, last), p.max_cols));
+  if (col_block >= (bound + kColumnsPerBlock - 1) / kColumnsPerBlock) return;
 
-  // The thread's columns of the chunk that starts at `chunk0`; those at or past `bound` are not read.
-  __device__ __forceinline__ void load(const int32_t* tokens, int32_t chunk0, int32_t bound) {
-    col0 = chunk0 + static_cast<int32_t>(threadIdx.x) * (kAligned ? kColumnsPerThread : 1);
+  const int64_t row0 = p.packed ? packed_row(p, i) : static_cast<int64_t>(i) * p.rows_per_req;
+  constexpr int32_t kStep = kAligned ? 1 : kBlockThreads;  // between the columns of one thread
+
+  for (int64_t block = col_block; block * kColumnsPerBlock < bound; block += p.col_blocks) {
+    const int32_t col0 = static_cast<int32_t>(block * kColumnsPerBlock) +
+                         static_cast<int32_t>(threadIdx.x) * (kAligned ? kColumnsPerThread : 1);
+    if (col0 >= bound) continue;
+    int32_t token[kColumnsPerThread];
     if (kAligned && col0 + kColumnsPerThread <= bound) {
       const int4 four = __ldg(reinterpret_cast<const int4*>(tokens + col0));
       token[0] = four.x, token[1] = four.y, token[2] = four.z, token[3] = four.w;
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int k = 0; k < kColumnsPerThread; ++k) {
-      if (col0 + k * kStep < bound) token[k] = __ldg(tokens + col0 + k * kStep);
+      for (int k = 0; k < kColumnsPerThread; ++k) {
+        if (col0 + k * kStep < bound) token[k] = __ldg(tokens + col0 + k * kStep);
+      }
     }
-  }
-
-  // Writes the live ones to every row of the request (`rows` from row0 on) in every table.
-  __device__ __forceinline__ void store(const GenerateParams& p, int64_t seq, int32_t accepted, int32_t rows,
-                                        int64_t row0, int32_t bound) const {
-    if (col0 >= bound) return;
     uint32_t page_starts = 0;  // bit k: a page starts at my column k
 #pragma unroll
-    for (int k = 0; k < kColumnsPerThread; ++k) {
+    for (int k = 0; k < kPageStarts; ++k) {
       const int32_t col = col0 + k * kStep;
       if (col < bound && page_of_column(p, col) * p.page_size == col) page_starts |= 1u << k;
     }
+
     for (int32_t t = 0; t < p.num_tables; ++t) {
       const GenerateTables& table = p.tables[t];
       const int64_t kv = kv_len(seq, table.seqlens_offset);
@@ -261,42 +266,18 @@ struct Columns {
         if (page_starts == 0 || table.real_page_table == nullptr) continue;
         int32_t* const pages = table.real_page_table + (row0 + j) * table.stride2;
 #pragma unroll
-        for (int k = 0; k < kColumnsPerThread; ++k) {
+        for (int k = 0; k < kPageStarts; ++k) {
           const int32_t col = col0 + k * kStep, page = page_of_column(p, col);
           if ((page_starts >> k & 1) && page < table.width2 && col < len) pages[page] = page_of_token(p, token[k]);
         }
       }
     }
   }
-};
-
-// Writes columns of all rows of request i in all tables: block `col_block` of p.col_blocks. The columns are read once.
-template <bool kAligned>
-__device__ __forceinline__ void write_tables(const GenerateParams& p, int32_t i, int32_t col_block) {
-  const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
-  const int32_t last = p.mode == Mode::kDraftExtend ? accepted - 1 : rows - 1;  // the longest row
-  if (last < 0) return;
-  // Both loads are under way before either is needed: a launch this short is a chain of memory latencies.
-  const int64_t seq = seq_len(p, i);
-  const int32_t* const tokens = token_row(p, i);
-  const int32_t bound =
-      static_cast<int32_t>(smaller(row_len(p, kv_len(seq, p.max_offset), accepted, last), p.max_cols));
-  if (col_block >= (bound + kColumnsPerBlock - 1) / kColumnsPerBlock) return;
-
-  const int64_t row0 = p.packed ? packed_row(p, i) : static_cast<int64_t>(i) * p.rows_per_req;
-  for (int64_t block = col_block; block * kColumnsPerBlock < bound; block += p.col_blocks) {
-    const int32_t first = static_cast<int32_t>(block * kColumnsPerBlock);
-    Columns<kAligned> chunks[kChunksPerThread];  // all loads first
-#pragma unroll
-    for (int c = 0; c < kChunksPerThread; ++c) chunks[c].load(tokens, first + c * kColumnsPerChunk, bound);
-#pragma unroll
-    for (int c = 0; c < kChunksPerThread; ++c) chunks[c].store(p, seq, accepted, rows, row0, bound);
-  }
 }
 
 // Grid: num_vectors blocks for the vectors, then bs x col_blocks blocks for the tables. It depends on the
 // plan alone, so that the launch can be captured; blocks past a request's length leave at once.
-__global__ void __launch_bounds__(kBlockThreads, kGenerateBlocksPerSm)
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerSm)
     nsa_metadata_generate_kernel(const __grid_constant__ GenerateParams params) {
   const int32_t num_vectors = params.num_vectors;
   if (static_cast<int32_t>(blockIdx.x) < num_vectors) {
@@ -305,10 +286,12 @@ __global__ void __launch_bounds__(kBlockThreads, kGenerateBlocksPerSm)
   }
   const int32_t block = static_cast<int32_t>(blockIdx.x) - num_vectors;
   const int32_t request = block / params.col_blocks, col_block = block - request * params.col_blocks;
-  if (params.aligned) {
-    write_tables<true>(params, request, col_block);
+  if (params.aligned && params.page_size % kColumnsPerThread == 0) {
+    write_tables<true, 1>(params, request, col_block);
+  } else if (params.aligned) {
+    write_tables<true, kColumnsPerThread>(params, request, col_block);
   } else {
-    write_tables<false>(params, request, col_block);
+    write_tables<false, kColumnsPerThread>(params, request, col_block);
   }
 }
 
