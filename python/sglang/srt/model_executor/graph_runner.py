@@ -7,8 +7,10 @@ buffers. Padding, metadata and replay are the same code on both.
 from __future__ import annotations
 
 import bisect
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -78,6 +80,17 @@ class StepInputs:
         torch.index_select(pool.seq_lens, 0, self.req_pool_indices, out=self.seq_lens)
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A graph or a tensor that the collector frees while a stream is capturing breaks the capture."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class GraphRunner(Generic[Outputs]):
     """One function of a batch size, captured for each of `batch_sizes`."""
 
@@ -103,9 +116,10 @@ class GraphRunner(Generic[Outputs]):
             return
         free_before = torch.cuda.mem_get_info(self.device)[0]
         pool = torch.cuda.graph_pool_handle()
-        for bs in tqdm(sizes, desc=f"capture {self.name}", unit="graph"):
-            prepare(bs)
-            self.graphs[bs] = self._capture_one(bs, pool)
+        with _no_garbage_collection():
+            for bs in tqdm(sizes, desc=f"capture {self.name}", unit="graph"):
+                prepare(bs)
+                self.graphs[bs] = self._capture_one(bs, pool)
         used = free_before - torch.cuda.mem_get_info(self.device)[0]
         logger.info("captured %s for batch sizes %s: %.1f MiB", self.name, self.batch_sizes, used / 2**20)
 
