@@ -19,6 +19,7 @@ from sglang.srt.layers.attention.nsa.metadata import (
 )
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataMethods, MetadataSelection
+from sglang.srt.layers.attention.nsa.schedules import Planner
 
 POISON = -0x5A5A5A5B
 MODES = tuple(MetadataMode)
@@ -138,13 +139,14 @@ def graph_metadata(
     batch_sizes: Sequence[int] | None = None,
     methods: MetadataMethods | None = None,
     verify: bool = False,
+    planner: Planner | None = None,
 ) -> GraphMetadata:
     """A planned path over `inputs`; layout 'recompute' is the flag switched off."""
     enabled = layout != "recompute"
     selection = MetadataSelection(
         enabled, layout if enabled else "replicate", copy, case.draft_seqlens, verify=verify
     )
-    graph = GraphMetadata(selection, case.shape, case.offsets, torch.device(inputs.device), methods)
+    graph = GraphMetadata(selection, case.shape, case.offsets, torch.device(inputs.device), methods, planner)
     for bs in batch_sizes or (case.max_bs,):
         graph.capture(inputs.view(bs))
     return graph

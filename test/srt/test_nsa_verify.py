@@ -17,8 +17,16 @@ from nsa_cases import (
     reference_rows,
     replay,
 )
-from sglang.srt.layers.attention.nsa.metadata import Extent, MetadataField, MetadataMode, fields_of
+from sglang.srt.layers.attention.nsa.metadata import (
+    Extent,
+    MetadataField,
+    MetadataMode,
+    NSAFlashMLAMetadata,
+    NSAMetadata,
+    fields_of,
+)
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata
+from sglang.srt.layers.attention.nsa.schedules import KernelPlan
 from sglang.srt.layers.attention.nsa.verify import MetadataMismatchError, check_metadata
 
 
@@ -27,10 +35,18 @@ def live_elements(
 ) -> list[tuple[int, ...]]:
     """Corners of a field's live part: first and last rows, first and last live columns."""
     if not field.is_table:
-        return [(0,), (tensor.shape[0] - 1,)]
+        return [(0,) * tensor.dim(), tuple(n - 1 for n in tensor.shape)]
     per = page if field.extent is Extent.PAGED_TABLE else 1
     live = [row for row, length in enumerate(lengths) if length > 0]
     return [(row, column) for row in (live[0], live[-1]) for column in {0, -(-lengths[row] // per) - 1}]
+
+
+def flashmla_plan(metadata: NSAMetadata) -> KernelPlan:
+    """Tensors of FlashMLA's shapes: what a library planned at capture and nobody may change."""
+    like = metadata.cache_seqlens_int32
+    parts = torch.arange(16, dtype=like.dtype, device=like.device).view(2, 8)
+    splits = torch.arange(metadata.shape.rows + 1, dtype=like.dtype, device=like.device)
+    return KernelPlan(NSAFlashMLAMetadata(parts, splits))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -39,7 +55,7 @@ def live_elements(
 def test_each_field_of_each_backend(mode, rule, device):
     case = MetadataCase(mode, max_bs=5, backends=3, draft_seqlens=rule)
     inputs = StaticInputs(case, device)
-    graph = graph_metadata(case, inputs, "replicate")
+    graph = graph_metadata(case, inputs, "replicate", planner=flashmla_plan)
     batch = random_batch(case, case.max_bs, random.Random(7))
     inputs.load(batch)
     poison_all(graph)
@@ -68,8 +84,7 @@ def test_each_field_of_each_backend(mode, rule, device):
                 assert all(word in str(caught.value) for word in words)
                 corrupted.add(field.backend)
     graph.check(case.max_bs)  # everything was put back
-    carried = {f.backend for f in fields_of(mode) if f.extent is not Extent.PLAN}
-    assert corrupted == carried
+    assert corrupted == {field.backend for field in fields_of(mode)}
 
 
 def test_dead_elements_may_hold_anything():
@@ -129,4 +144,4 @@ def test_empty_batches_pass():
     case = MetadataCase(max_bs=0)
     inputs = StaticInputs(case)
     graph = graph_metadata(case, inputs)
-    check_metadata(inputs.view(0), list(zip(graph.backends[0], case.offsets)))
+    check_metadata(inputs.view(0), list(zip(graph.backends[0], case.offsets)), [None] * len(case.offsets))

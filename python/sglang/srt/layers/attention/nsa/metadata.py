@@ -85,6 +85,9 @@ class NSAFlashMLAMetadata:
     flashmla_metadata: torch.Tensor  # [parts, 8], int32
     num_splits: torch.Tensor  # [E + 1], int32
 
+    def clone(self) -> NSAFlashMLAMetadata:
+        return NSAFlashMLAMetadata(self.flashmla_metadata.clone(), self.num_splits.clone())
+
 
 @dataclass(frozen=True)
 class MetadataShape:

@@ -14,7 +14,7 @@ import torch
 
 from .generate import Destination, FusedGenerator, Generator, TorchGenerator
 from .kernels import load_kernels
-from .metadata import MetadataBuffers, MetadataShape, NSAMetadata, as_precomputed
+from .metadata import MetadataBuffers, MetadataShape, NSAFlashMLAMetadata, NSAMetadata, as_precomputed
 from .nsa_backend_mtp_precompute import MetadataInputs
 from .replicate import COPIERS, Copier, plan_regions
 from .schedules import Planner
@@ -189,6 +189,7 @@ class GraphMetadata:
         self.inputs: dict[int, MetadataInputs] = {}
         self.backends: dict[int, list[NSAMetadata]] = {}
         self._stages: dict[int, list[Stage]] = {}
+        self._fixed: dict[int, list[NSAFlashMLAMetadata | None]] = {}  # what plans held at capture
 
     def capture(self, inputs: MetadataInputs) -> list[NSAMetadata]:
         """Plans a batch size over the graph's static inputs; returns the metadata of each backend."""
@@ -196,6 +197,8 @@ class GraphMetadata:
         self.inputs[bs] = inputs
         planned = {id(buffers): buffers.view(bs).planned(self.planner) for buffers in self.buffers}
         self.backends[bs] = [planned[id(buffers)] for buffers in self.buffers]
+        flashmla = [metadata.flashmla_metadata for metadata in self.backends[bs]]
+        self._fixed[bs] = [None if fixed is None else fixed.clone() for fixed in flashmla]
         self._or_fall_back(self._plan, bs)
         return self.backends[bs]
 
@@ -223,7 +226,7 @@ class GraphMetadata:
         """Raises MetadataMismatchError where the backends differ from the torch reference."""
         from .verify import check_metadata
 
-        check_metadata(self.inputs[bs], list(zip(self.backends[bs], self.offsets)))
+        check_metadata(self.inputs[bs], list(zip(self.backends[bs], self.offsets)), self._fixed[bs])
 
     @property
     def table_bytes(self) -> tuple[int, int]:

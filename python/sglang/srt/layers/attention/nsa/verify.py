@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .metadata import (
     Extent,
     MetadataField,
+    NSAFlashMLAMetadata,
     NSAMetadata,
     PrecomputedMetadata,
     as_backend_metadata,
@@ -81,13 +82,20 @@ def _first_of(
     return MetadataDifference(name, backend, row, column, int(expected[at]), int(found[at]))
 
 
-def check_metadata(inputs: MetadataInputs, backends: Sequence[tuple[NSAMetadata, int]]) -> None:
-    """Raises MetadataMismatchError where a backend, given with its length offset, is not up to date."""
+def check_metadata(
+    inputs: MetadataInputs,
+    backends: Sequence[tuple[NSAMetadata, int]],
+    fixed: Sequence[NSAFlashMLAMetadata | None],
+) -> None:
+    """Raises MetadataMismatchError where a backend, given with its length offset, is not up to date.
+
+    `fixed` is what each backend's FlashMLA metadata was at capture; it must never change.
+    """
     references: dict[int, PrecomputedMetadata] = {}
-    for index, (metadata, offset) in enumerate(backends):
+    for index, ((metadata, offset), flashmla_metadata) in enumerate(zip(backends, fixed)):
         if offset not in references:
             references[offset] = precompute_metadata(inputs, seqlens_offset=offset)
-        reference = references[offset]
+        reference = replace(references[offset], flashmla_metadata=flashmla_metadata)
         difference = first_difference(reference, metadata, index) or stale_schedule(
             reference, metadata, index
         )
