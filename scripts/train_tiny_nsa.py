@@ -9,6 +9,7 @@ Needs torch, tokenizers, safetensors, numpy, tqdm and matplotlib.
 
 import argparse
 import logging
+import os
 import platform
 import sys
 import time
@@ -31,7 +32,7 @@ from tiny_nsa.data import (
 from tiny_nsa.evaluate import accept_length, bits_per_byte, generate
 from tiny_nsa.export import load_model, save_curve, save_model, save_tokenizer, write_json
 from tiny_nsa.model import TinyNSA
-from tiny_nsa.phases import DRAFT_STEPS, PHASES, TOPK_MARGIN, Trainer, quick_phases
+from tiny_nsa.phases import DRAFT_STEPS, PHASES, TOPK_MARGIN, Trainer, quick_phases, scaled
 from tokenizers import Tokenizer
 
 logger = logging.getLogger("train_tiny_nsa")
@@ -49,13 +50,13 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--seconds", type=float, default=270, help="time the phases share, compiling aside (default 270)"
+        "--scale", type=float, default=1.0, help="factor on every phase's number of steps (default 1)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="tiny widths and windows, for a CPU")
     args = parser.parse_args()
-    if args.seconds <= 0:
-        parser.error(f"--seconds must be positive, got {args.seconds}")
+    if args.scale <= 0:
+        parser.error(f"--scale must be positive, got {args.scale}")
     return args
 
 
@@ -89,12 +90,20 @@ def measure(
     }
 
 
+def repeatable(seed: int) -> None:
+    """The same text, torch and device give the same weights, bit by bit."""
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
+
+
 def main() -> None:
     args = arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     began = time.monotonic()
     device = torch.device(args.device)
-    torch.manual_seed(args.seed)
+    repeatable(args.seed)
     torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -119,8 +128,8 @@ def main() -> None:
         for layer in [*model.layers, model.nextn.layer]:
             layer.compile(dynamic=False)
     crops = Crops(train, device, args.seed)
-    phases = quick_phases() if args.quick else PHASES
-    trainer = Trainer(model, crops, held_out, token_bytes(tokenizer).to(device), phases, args.seconds)
+    phases = scaled(quick_phases() if args.quick else PHASES, args.scale)
+    trainer = Trainer(model, crops, held_out, token_bytes(tokenizer).to(device), phases)
     trainer.run()
     save_model(model, config, args.out)
     save_curve(trainer.history, args.out / "loss.png")
@@ -129,7 +138,7 @@ def main() -> None:
     record = {
         "figures": figures,
         "windows": "all windows",
-        "phases": trainer.steps,
+        "phases": trainer.took,
         "corpus": {
             "python": args.corpus.name.removeprefix("cpython-") if args.corpus else platform.python_version(),
             "train_files": len(corpus.train),
@@ -141,7 +150,7 @@ def main() -> None:
         },
         "parameters": sum(w.numel() for w in model.parameters()),
         "seed": args.seed,
-        "seconds": args.seconds,
+        "scale": args.scale,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "wall_seconds": round(time.monotonic() - began, 1),

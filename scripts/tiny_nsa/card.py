@@ -66,11 +66,11 @@ Not measured for these weights yet.
 |---|---|---|---|---|
 {phase_rows}
 
-One {device}, torch {torch}, seed {seed}; {wall_seconds:.0f} s from reading the text to the last measurement. Phases share a
-budget of seconds, so another machine takes another number of steps and ends with slightly other weights.
+One {device}, torch {torch}, seed {seed}; {wall_seconds:.0f} s from reading the text to the last measurement. Steps and seeds are fixed, and torch runs
+its deterministic algorithms.
 
 ```
-python scripts/train_tiny_nsa.py --out models/tiny-nsa --seconds {seconds:.0f}
+python scripts/train_tiny_nsa.py --out models/tiny-nsa{options}
 ```
 
 The layers' code is `scripts/tiny_nsa/`. Everything that was recorded is in `training.json`. What these weights
@@ -134,8 +134,8 @@ def write_card(out: Path, record: dict, config: ModelConfig, draft_steps: int) -
         device=record["device"],
         torch=record["torch"],
         seed=record["seed"],
-        seconds=record["seconds"],
         wall_seconds=record["wall_seconds"],
+        options="" if record["scale"] == 1 else f" --scale {record['scale']:g}",
         sample=figures["sample"].strip(),
     )
     (out / "README.md").write_text(card)

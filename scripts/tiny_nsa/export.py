@@ -81,7 +81,7 @@ def save_tokenizer(tokenizer: Tokenizer, config: ModelConfig, out: Path) -> None
 
 
 def save_curve(history: list[dict[str, float | str]], path: Path) -> None:
-    """The loss over the seconds of training, a colour for each phase; held-out bits per byte as dots."""
+    """The loss over the steps of training, a colour for each phase; held-out bits per byte as dots."""
     figure, (loss_axis, agree_axis) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=80)
     for phase in dict.fromkeys(point["phase"] for point in history):
         points = [p for p in history if p["phase"] == phase]
@@ -91,13 +91,13 @@ def save_curve(history: list[dict[str, float | str]], path: Path) -> None:
             ("agree_1", agree_axis, "-"),
             ("agree_4", agree_axis, ":"),
         ):
-            seen = [(p["second"], p[key]) for p in points if key in p]
+            seen = [(p["step"], p[key]) for p in points if key in p]
             if seen:
                 labels = {"nats": "nats per token", "held_out": "held-out bits per byte"}
                 label = f"{phase}: {labels.get(key, key.replace('agree_', 'draft step '))}"
                 axis.plot(*zip(*seen, strict=True), style, label=label, linewidth=0.8, markersize=3)
-    loss_axis.set(title="next token", xlabel="seconds", ylim=(0.5, 3.5))
-    agree_axis.set(title="drafts that equal the target's choice", xlabel="seconds")
+    loss_axis.set(title="next token", xlabel="steps", ylim=(0.5, 3.5))
+    agree_axis.set(title="drafts that equal the target's choice", xlabel="steps")
     for axis in (loss_axis, agree_axis):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

@@ -1,4 +1,4 @@
-"""The training: six phases, each with a share of the time budget."""
+"""The training: six phases, each of a fixed number of steps."""
 
 import logging
 import math
@@ -21,9 +21,9 @@ BALANCE_RATE = 1e-3  # step of the experts' selection bias, DeepSeek-V3 report 4
 DRAFT_STEPS = 4
 TOPK_MARGIN = 2  # training selects so many times fewer keys than serving: what is harder makes it robust
 MTP_WEIGHT = 0.3  # of the MTP layer's first step while the main model trains, as in the DeepSeek-V3 report
-COMPILE_STEPS = 4  # the first steps compile; a phase's time counts from there
 TEMPERATURE = 0.5  # of the text that the model writes
-WRITING_ROUNDS = 1  # how often the model writes new text for the last phase
+WRITTEN_WINDOWS = 256  # what it writes for the last phase
+MEASUREMENTS = 5  # of held-out text in each phase of the main model
 WARM_STEPS = 50  # steps over which a phase's learning rate rises
 
 
@@ -31,7 +31,7 @@ WARM_STEPS = 50  # steps over which a phase's learning rate rises
 class Phase:
     name: str
     mode: str  # of the attention
-    share: float  # of the seconds
+    steps: int
     length: int  # tokens per window
     batch: int
     lr: float
@@ -41,22 +41,27 @@ class Phase:
 
 
 PHASES = (
-    Phase("dense", "dense", 0.21, 2048, 32, 3e-3, 0.3, 0.0, "all"),
-    Phase("warmup", "warmup", 0.07, 2048, 8, 0.0, 0.3, 4e-3, "indexer"),
-    Phase("sparse", "sparse", 0.36, 2048, 8, 1e-3, 0.3, 2e-3, "all"),
-    Phase("sparse_long", "sparse", 0.13, 4096, 4, 3e-4, 0.02, 6e-4, "all"),
-    Phase("mtp", "sparse", 0.13, 2048, 8, 1.5e-3, 0.5, 1e-3, "nextn"),
-    Phase("on_policy", "sparse", 0.10, 2048, 8, 7.5e-4, 0.02, 5e-4, "nextn"),
+    Phase("dense", "dense", 1500, 2048, 32, 3e-3, 0.3, 0.0, "all"),
+    Phase("warmup", "warmup", 150, 2048, 8, 0.0, 0.3, 4e-3, "indexer"),
+    Phase("sparse", "sparse", 1800, 2048, 8, 1e-3, 0.3, 2e-3, "all"),
+    Phase("sparse_long", "sparse", 350, 4096, 4, 3e-4, 0.02, 6e-4, "all"),
+    Phase("mtp", "sparse", 450, 2048, 8, 1.5e-3, 0.5, 1e-3, "nextn"),
+    Phase("on_policy", "sparse", 350, 2048, 8, 7.5e-4, 0.02, 5e-4, "nextn"),
 )
 
 
 def quick_phases() -> tuple[Phase, ...]:
-    return tuple(replace(p, length=p.length // 32, batch=4) for p in PHASES)
+    return tuple(replace(p, steps=p.steps // 10, length=p.length // 32, batch=4) for p in PHASES)
 
 
-def schedule(phase: Phase, step: int, elapsed: float) -> float:
-    """Factor of the learning rates: a short rise by steps, then a cosine over the phase's time (0..1)."""
-    cosine = phase.end + (1 - phase.end) * 0.5 * (1 + math.cos(math.pi * min(elapsed, 1.0)))
+def scaled(phases: tuple[Phase, ...], factor: float) -> tuple[Phase, ...]:
+    """The same phases with ``factor`` times as many steps, one at least."""
+    return tuple(replace(p, steps=max(1, round(p.steps * factor))) for p in phases)
+
+
+def schedule(phase: Phase, step: int) -> float:
+    """Factor of the learning rates: a short rise, then a cosine over the phase's steps."""
+    cosine = phase.end + (1 - phase.end) * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
     return min(1.0, (step + 1) / WARM_STEPS) * cosine
 
 
@@ -70,15 +75,13 @@ class Trainer:
         held_out: Tensor,
         sizes: Tensor,
         phases: tuple[Phase, ...],
-        seconds: float,
     ) -> None:
         self.model, self.crops, self.held_out, self.sizes = model, crops, held_out, sizes
-        self.phases, self.seconds = phases, seconds
+        self.phases = phases
         self.device = held_out.device
-        self.history: list[dict[str, float | str]] = []  # one point: phase, second, loss, further figures
-        self.steps: dict[str, dict[str, float]] = {}
-        self.written: list[Tensor] = []  # rounds of text that the model wrote, for the last phase
-        self.began = time.monotonic()
+        self.history: list[dict[str, float | str]] = []  # one point: phase, step, loss, further figures
+        self.took: dict[str, dict[str, float]] = {}  # steps, tokens and seconds of each phase
+        self.written: Tensor | None = None  # text that the model wrote, for the last phase
 
     def autocast(self) -> AbstractContextManager:
         if self.device.type == "cuda":
@@ -105,52 +108,43 @@ class Trainer:
         ]
 
     def run(self) -> None:
+        before = 0
         for phase in self.phases:
-            self.run_phase(phase)
+            self.run_phase(phase, before)
+            before += phase.steps
 
-    def run_phase(self, phase: Phase) -> None:
+    def run_phase(self, phase: Phase, before: int) -> None:
+        """Trains for the phase's steps; ``before`` is how many other phases took already."""
         groups = self.groups(phase)
         optimizer = torch.optim.AdamW(
             groups, lr=phase.lr, betas=(0.9, 0.95), fused=self.device.type == "cuda"
         )
-        budget, began, step, measured = phase.share * self.seconds, time.monotonic(), 0, 0
-        bar = tqdm(total=round(budget), desc=phase.name, unit="s", mininterval=2.0)
-        while step < COMPILE_STEPS or (elapsed := (time.monotonic() - began) / budget) < 1.0:
-            if step < COMPILE_STEPS:
-                began, elapsed = time.monotonic(), 0.0
+        began = time.monotonic()
+        bar = tqdm(range(phase.steps), desc=phase.name, unit="step", mininterval=2.0)
+        for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(phase, step, elapsed)
-            loss, figures = self.loss(phase, step, elapsed)
+                group["lr"] = group["peak"] * schedule(phase, step)
+            loss, figures = self.loss(phase, step)
             loss.backward()
             for group in optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step % 10 == 0:
-                self.note(
-                    phase,
-                    step,
-                    {"loss": loss.item(), **{k: v.item() for k, v in figures.items()}},
-                    bar,
-                    began,
-                )
-            if phase.trains == "all" and elapsed > (measured + 1) / 6:
-                measured += 1
-                self.note(phase, step, {"held_out": self.measure(phase)}, bar, began)
-            step += 1
-        bar.close()
+                point = {"loss": loss.item(), **{k: v.item() for k, v in figures.items()}}
+                self.note(phase, before + step, point)
+                bar.set_postfix({k: f"{v:.3f}" for k, v in point.items()}, refresh=False)
+            if phase.trains == "all" and (step + 1) % max(1, phase.steps // MEASUREMENTS) == 0:
+                self.note(phase, before + step, {"held_out": self.measure(phase)})
         seconds = time.monotonic() - began
-        tokens = step * phase.batch * phase.length
-        self.steps[phase.name] = {"steps": step, "tokens": tokens, "seconds": round(seconds, 1)}
-        logger.info("%s: %d steps, %.1f M tokens, %.0f s", phase.name, step, tokens / 1e6, seconds)
+        tokens = phase.steps * phase.batch * phase.length
+        self.took[phase.name] = {"steps": phase.steps, "tokens": tokens, "seconds": round(seconds, 1)}
+        logger.info("%s: %d steps, %.1f M tokens, %.0f s", phase.name, phase.steps, tokens / 1e6, seconds)
 
-    def note(self, phase: Phase, step: int, figures: dict[str, float], bar: tqdm, began: float) -> None:
+    def note(self, phase: Phase, step: int, figures: dict[str, float]) -> None:
         if not all(math.isfinite(value) for value in figures.values()):
             raise FloatingPointError(f"{phase.name}, step {step}: {figures}")
-        second = time.monotonic() - self.began
-        self.history.append({"phase": phase.name, "step": step, "second": round(second, 2), **figures})
-        bar.set_postfix({"step": step, **{k: f"{v:.3f}" for k, v in figures.items()}}, refresh=False)
-        bar.update(min(round(time.monotonic() - began), bar.total) - bar.n)
+        self.history.append({"phase": phase.name, "step": step, **figures})
 
     def measure(self, phase: Phase) -> float:
         with torch.compiler.set_stance("force_eager"), self.autocast():
@@ -158,7 +152,7 @@ class Trainer:
                 self.model, self.held_out, self.sizes, self.phases[0].length, phase.mode, windows=24
             )
 
-    def loss(self, phase: Phase, step: int, elapsed: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, phase: Phase, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if phase.name == "warmup":  # too short to be worth compiling
             with torch.compiler.set_stance("force_eager"), self.autocast():
                 return self.warmup_loss(self.crops.draw(phase.batch, phase.length + 1))
@@ -166,7 +160,7 @@ class Trainer:
             return self.main_loss(self.crops.draw(phase.batch, phase.length + 1), phase.mode)
         rule = "step" if step % 3 else "committed"
         if phase.name == "on_policy" and step % 4:
-            return self.nextn_loss(self.on_policy(phase, elapsed), rule, skip=phase.length // 2 - 1)
+            return self.nextn_loss(self.on_policy(phase), rule, skip=phase.length // 2 - 1)
         return self.nextn_loss(self.crops.draw(phase.batch, phase.length), rule)
 
     def warmup_loss(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -211,17 +205,16 @@ class Trainer:
         balance([self.model.nextn.layer.mlp], [torch.stack(loads).mean(0)])
         return total, {"agree_1": agree[0], f"agree_{DRAFT_STEPS}": agree[-1], "index": index.detach()}
 
-    def on_policy(self, phase: Phase, elapsed: float) -> Tensor:
+    def on_policy(self, phase: Phase) -> Tensor:
         """Windows whose second half the model wrote: what drafts meet in use.  # [batch, length], int64"""
-        if elapsed >= len(self.written) / WRITING_ROUNDS:
-            many = 32 * phase.batch if self.device.type == "cuda" else phase.batch
+        if self.written is None:
+            many = WRITTEN_WINDOWS if self.device.type == "cuda" else phase.batch
             half = phase.length // 2
             with self.autocast(), torch.compiler.set_stance("force_eager"):
                 prompts = self.crops.draw(many, half)
-                self.written.append(generate(self.model, prompts, phase.length - half, TEMPERATURE))
-        pool = torch.cat(self.written)
-        pick = torch.randint(len(pool), (phase.batch,), generator=self.crops.generator)
-        return pool[pick.to(self.device)]
+                self.written = generate(self.model, prompts, phase.length - half, TEMPERATURE)
+        pick = torch.randint(len(self.written), (phase.batch,), generator=self.crops.generator)
+        return self.written[pick.to(self.device)]
 
 
 @torch.no_grad()
