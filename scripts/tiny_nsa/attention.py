@@ -169,11 +169,18 @@ def softmax_where(mask: Tensor, logits: Tensor) -> Tensor:
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """True at the ``k`` best keys of each row; everywhere where there are no more than ``k``."""
+    """True at the ``k`` best keys of each row, lower columns first among equals, as the runtime selects.
+
+    Everywhere where there are no more than ``k``. By comparisons, since a scatter that must be deterministic
+    sorts all its indices.
+    """
     if scores.shape[-1] <= k:
         return torch.ones_like(scores, dtype=torch.bool)
-    best = scores.detach().topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+    scores = scores.detach()
+    edge = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = scores > edge, scores == edge
+    room = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
 
 
 def indexer_loss(scores: Tensor, target: Tensor, causal: Tensor) -> Tensor:

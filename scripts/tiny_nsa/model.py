@@ -19,6 +19,11 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def one_of(chosen: Tensor, count: int) -> Tensor:
+    """True at the columns that ``chosen`` names.  # [..., k], int64 -> [..., count], bool"""
+    return (chosen[..., None] == torch.arange(count, device=chosen.device)).any(-2)
+
+
 class Router(nn.Module):
     """Sigmoid scores, group-limited top-k, a selection bias and no balance loss (DeepSeek-V3, 2.1.2)."""
 
@@ -37,10 +42,10 @@ class Router(nn.Module):
         if c.n_group > 1:
             groups = choice.unflatten(-1, (c.n_group, -1))
             best = groups.topk(2, dim=-1).values.sum(-1).topk(c.topk_group, dim=-1).indices
-            kept = torch.zeros_like(groups[..., 0]).scatter(-1, best, 1.0).bool()
+            kept = one_of(best, c.n_group)
             choice = groups.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
         chosen = choice.topk(c.num_experts_per_tok, dim=-1).indices
-        picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
+        picked = one_of(chosen, c.n_routed_experts).float()
         weights = scores * picked
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
