@@ -125,6 +125,11 @@ def main() -> None:
     model = TinyNSA(replace(config, index_topk=config.index_topk // TOPK_MARGIN)).to(device)
     if device.type == "cuda":
         torch._dynamo.config.recompile_limit = 64  # each phase is a variant of the same layers
+        # sums over heads become plain additions: as short reductions they would be slow kernels, since a
+        # deterministic compiler does not try out which configuration is fast
+        torch._inductor.config.unroll_reductions_threshold = 1 + max(
+            config.num_attention_heads, config.index_n_heads
+        )
         for layer in [*model.layers, model.nextn.layer]:
             layer.compile(dynamic=False)
     crops = Crops(train, device, args.seed)
