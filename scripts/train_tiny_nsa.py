@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from tiny_nsa.card import write_card
 from tiny_nsa.config import ModelConfig
 from tiny_nsa.data import (
