@@ -41,7 +41,7 @@ class Phase:
 
 
 PHASES = (
-    Phase("dense", "dense", 1500, 2048, 32, 3e-3, 0.3, 0.0, "all"),
+    Phase("dense", "dense", 1500, 4096, 16, 3e-3, 0.3, 0.0, "all"),
     Phase("warmup", "warmup", 150, 2048, 8, 0.0, 0.3, 4e-3, "indexer"),
     Phase("sparse", "sparse", 1800, 2048, 8, 1e-3, 0.3, 2e-3, "all"),
     Phase("sparse_long", "sparse", 350, 4096, 4, 3e-4, 0.02, 6e-4, "all"),

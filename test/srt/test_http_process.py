@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 from server_fixture import RunningServer, free_port, is_running, launch, start_process, wait_gone
+from sglang.srt.entrypoints.http_server import bind
+from sglang.srt.server_args import ServerArgs
 
 LONG = {"text": "x", "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
 
@@ -109,6 +112,26 @@ def test_taken_port_is_an_error_at_once(tmp_path: Path) -> None:
         process = start_process(tmp_path, tmp_path / "log", port)
         assert process.wait(60) == 1
         assert f"--port {port}" in (tmp_path / "log").read_text()
+
+
+def test_answers_leave_at_once() -> None:
+    """Bug: Nagle's algorithm stayed on, and every whole answer's body waited 40 ms behind its headers."""
+
+    async def accepted_without_delay() -> bool:
+        connected: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            connected.set_result(bool(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+            writer.close()
+
+        async with await asyncio.start_server(accept, sock=listener):
+            await asyncio.open_connection("127.0.0.1", args.port)
+            return await connected
+
+    args = ServerArgs(model_path="unused", device="cpu", port=free_port())
+    with bind(args) as listener:
+        assert asyncio.run(accepted_without_delay())
 
 
 @pytest.mark.parametrize(

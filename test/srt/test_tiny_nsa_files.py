@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-nsa"
 MAX_BYTES = 12_000_000
 SHA256 = {
-    "model.safetensors": "76115cc76b982afe1ce52bccff5a1918e4ac0aadee374e5a2966192bb67022a9",
+    "model.safetensors": "5eb2e08574f92f13e09616c63b70f9317800fb1c859dd83851a0cfffc1860cae",
     "tokenizer.json": "afad78ca01de52619791eacaaaa5153a65bc7db711fb78d8a0612ccbcd725f19",
     "held_out.jsonl": "18830b761d9ffa42d4ec50ba32a38ee2d0f35b256628462257c5f65805f7f424",
 }

@@ -13,7 +13,7 @@ MODEL = ROOT / "models" / "tiny-nsa"
 GREEDY = {"temperature": 0, "max_new_tokens": 32, "ignore_eos": True}
 ACCEPT_LENGTH_FLOOR = 2.5  # tokens per verify with 4 steps, the bonus token included
 PROMPT = "def read_file(path):\n    with open(path) as"
-EXPECTED = " f:\n        f.write(b'')\n        f.write(b'')\n"  # its closest call is by 0.08 in the logits
+EXPECTED = ' f:\n        f.write(b"\\n") as f:\n'  # its closest call is by 0.12 in the logits
 
 
 @pytest.fixture(scope="module")
