@@ -66,8 +66,8 @@ Not measured for these weights yet.
 |---|---|---|---|---|
 {phase_rows}
 
-One {device}, torch {torch}, seed {seed}; {wall_seconds:.0f} s from reading the text to the last measurement. Steps and seeds are fixed, and torch runs
-its deterministic algorithms.
+One {device}, torch {torch}, seed {seed}; {wall_seconds:.0f} s from reading the text to the last measurement. Steps and
+seeds are fixed, and torch runs its deterministic algorithms: the same text, torch and GPU give the same weights.
 
 ```
 python scripts/train_tiny_nsa.py --out models/tiny-nsa{options}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang.srt.layers.sampler import gumbel_noise, hash_bits, keep_mask, sample
+from sglang.srt.layers.sampler import gumbel_noise, hash_bits, keep_mask, noise_function, sample
 
 
 @dataclass(frozen=True)
@@ -194,3 +194,14 @@ def test_no_rows() -> None:
 def test_cuda_hash_is_the_same() -> None:
     seed, position = torch.tensor([0, 2**63 - 1]), torch.tensor([3, 163_839])
     assert torch.equal(hash_bits(seed.cuda(), position.cuda(), 5000).cpu(), hash_bits(seed, position, 5000))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "vocab"), [(0, 5), (1, 1), (3, 512), (2, 2049), (5, 129_280)])
+def test_triton_noise_equals_torch(rows: int, vocab: int) -> None:
+    """Equal bits: a wrong one would be off by far more than the logarithms' last digit."""
+    g = torch.Generator().manual_seed(rows)
+    seed = torch.randint(-(2**62), 2**62, (rows,), generator=g)
+    positions = torch.randint(0, 200_000, (2 * rows,), generator=g)[::2]
+    found = noise_function("cuda")(seed.cuda(), positions.cuda(), vocab)
+    torch.testing.assert_close(found.cpu(), gumbel_noise(seed, positions, vocab), rtol=1e-5, atol=1e-6)

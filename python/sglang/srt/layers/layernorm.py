@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.layers.attention.nsa.flashinfer_library import load_flashinfer
@@ -18,10 +19,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # (x, weig
 
 
 class RMSNorm(nn.Module):
-    """Normalises in float32, rounds to the input's dtype, then scales, in that order, as Llama does.
-
-    In bfloat16 on CUDA one kernel of FlashInfer's does it, where installed; that rounds only once.
-    """
+    """Normalises and scales in float32 and rounds once: by torch, or in bfloat16 on CUDA by FlashInfer."""
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
@@ -34,9 +32,7 @@ class RMSNorm(nn.Module):
         """x [..., size] -> the same shape and dtype."""
         if self.kernel is not None and x.numel():
             return self.kernel(x, self.weight, self.eps)
-        x32 = x.float()
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x32 * scale).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ a counter-based integer hash (the idea: Salmon et al., "Parallel random numbers:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ import torch
 MASK32 = 0xFFFFFFFF
 # Both below 2**31, so that a product with a 32-bit value fits int64 exactly.
 HASH_MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)
+SECOND_KEY = 0x9E3779B9
 
 
 def sample(
@@ -42,7 +44,7 @@ def sample(
     scores = scores / torch.where(cold, 1.0, temperature)[:, None]
     if needs_filter:
         scores = scores.masked_fill(~(keep or keep_mask)(scores, top_p, top_k, min_p), float("-inf"))
-    noise = gumbel_noise(seed, positions, logits.shape[1])
+    noise = noise_function(logits.device.type)(seed, positions, logits.shape[1])
     return torch.where(cold, greedy, (scores + noise).argmax(dim=-1))
 
 
@@ -66,6 +68,16 @@ def keep_mask(
     return torch.zeros_like(keep).scatter_(1, order, keep)
 
 
+@functools.cache
+def noise_function(device_type: str) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+    """`gumbel_noise`, or on CUDA one Triton kernel that does its work."""
+    if device_type != "cuda":
+        return gumbel_noise
+    from sglang.srt.layers import sampler_triton
+
+    return sampler_triton.gumbel_noise
+
+
 def gumbel_noise(seed: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Standard Gumbel noise [R, V], float32, for seed [R] and positions [R], int64."""
     uniform = hash_bits(seed, positions, vocab_size).float().add_(0.5).mul_(2.0**-32)
@@ -78,7 +90,7 @@ def hash_bits(seed: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> t
     """32 random bits of every (seed, position, token): [R, V], int64, the same on every device."""
     low, high = _mix(seed & MASK32), (seed >> 32) & MASK32
     key = _mix(_mix(low ^ high) ^ (positions & MASK32))  # [R]
-    second_key = _mix(key ^ 0x9E3779B9)
+    second_key = _mix(key ^ SECOND_KEY)
     token = torch.arange(vocab_size, dtype=torch.int64, device=seed.device)
     return _mix(_mix(token ^ key[:, None]) ^ second_key[:, None])
 
