@@ -36,7 +36,7 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of a batch of positions; computed once per forward pass and shared by the layers."""
+    """The rotations of a batch of positions; computed once per forward pass and shared by the layers."""
 
     def __init__(self, rope: RopeConfig, dim: int, device: torch.device | str) -> None:
         super().__init__()
@@ -44,31 +44,30 @@ class RotaryEmbedding(nn.Module):
         inv_freq = inverse_frequencies(rope, dim).to(device)  # [dim / 2], float32
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions [T], int64 -> cos, sin, each [T, dim / 2], float32."""
-        angles = positions[:, None].float() * self.inv_freq
-        return angles.cos() * self.scale, angles.sin() * self.scale
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """positions [T], int64 -> scale * (cos + i sin) of each pair's angle, [T, 1, dim / 2], complex64."""
+        angles = positions[:, None, None].float() * self.inv_freq
+        return torch.complex(angles.cos() * self.scale, angles.sin() * self.scale)
 
 
-def _rotate(
-    x1: torch.Tensor, x2: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(dtype)
+def _halves(rotated: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[..., dim / 2], complex64 -> all real parts, then all imaginary parts: [..., dim]."""
+    return torch.view_as_real(rotated).mT.flatten(-2).to(dtype)
 
 
-def apply_rotary_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rotary_interleaved(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (x0, x1), (x2, x3), ... of x [T, heads, dim]; computes in float32.
 
     The result holds all first halves of the pairs, then all second halves. Queries and keys are reordered
     alike, so their products do not change.
     """
-    x32 = x.float()
-    return _rotate(x32[..., 0::2], x32[..., 1::2], cos[:, None], sin[:, None], x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2)).contiguous()
+    return _halves(torch.view_as_complex(pairs) * rotation, x.dtype)
 
 
-def apply_rotary_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (x_i, x_{i + r/2}) of the first r = 2 * cos.shape[1] dims of x [T, heads, dim]."""
-    half = cos.shape[-1]
-    x32 = x[..., : 2 * half].float()
-    rotated = _rotate(x32[..., :half], x32[..., half:], cos[:, None], sin[:, None], x.dtype)
-    return torch.cat((rotated, x[..., 2 * half :]), dim=-1)
+def apply_rotary_half(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotates the pairs (x_i, x_{i + r/2}) of the first r dims of x [T, heads, dim]; r is the rotation's."""
+    rope = 2 * rotation.shape[-1]
+    pairs = x[..., :rope].float().unflatten(-1, (2, -1)).mT.contiguous()
+    rotated = _halves(torch.view_as_complex(pairs) * rotation, x.dtype)
+    return torch.cat((rotated, x[..., rope:]), dim=-1)

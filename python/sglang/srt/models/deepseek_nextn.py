@@ -52,11 +52,11 @@ class DeepseekV3ForCausalLMNextN(nn.Module):
         """Reads input_ids and hidden_states [T, hidden]. Returns hidden states after the head's norm."""
         assert self.embed is not None, "set_embed_and_head comes first"
         assert forward_batch.hidden_states is not None
-        cos_sin = self.rotary_emb(forward_batch.positions)
+        rotation = self.rotary_emb(forward_batch.positions)
         embedded = self.enorm(F.embedding(forward_batch.input_ids, self.embed))
         previous = self.hnorm(forward_batch.hidden_states.to(embedded.dtype))
         x = self.eh_proj(torch.cat((embedded, previous), dim=-1))
-        return self.shared_head["norm"](self.decoder(x, cos_sin, forward_batch))
+        return self.shared_head["norm"](self.decoder(x, rotation, forward_batch))
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,6 @@ from sglang.srt.model_config import ModelConfig
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-CosSin = tuple[torch.Tensor, torch.Tensor]  # each [T, qk_rope_head_dim / 2], float32
 
 LATENT_NORM_EPS = 1e-6  # of the query's and the key's latents and of the indexer's keys, whatever the config
 
@@ -44,12 +43,13 @@ class Indexer(nn.Module):
         self.scale = self.n_heads**-0.5 * self.head_dim**-0.5
 
     def forward(
-        self, x: torch.Tensor, q_latent: torch.Tensor, cos_sin: CosSin
+        self, x: torch.Tensor, q_latent: torch.Tensor, rotation: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [T, hidden], q_latent [T, q_lora_rank] -> q [T, Hi, Di], k [T, Di], weights [T, Hi] float32."""
+        """x [T, hidden], q_latent [T, q_lora_rank], rotation [T, 1, rope / 2] complex64
+        -> q [T, Hi, Di], k [T, Di], weights [T, Hi] float32."""
         q = self.wq_b(q_latent).unflatten(-1, (self.n_heads, self.head_dim))
         k = self.k_norm(self.wk(x))[:, None]
-        q, k = apply_rotary_half(q, *cos_sin), apply_rotary_half(k, *cos_sin).squeeze(1)
+        q, k = apply_rotary_half(q, rotation), apply_rotary_half(k, rotation).squeeze(1)
         return q, k, self.weights_proj(x.float()) * self.scale
 
 
@@ -80,18 +80,18 @@ class MLAttention(nn.Module):
         per_head = self.kv_b_proj.weight.detach().unflatten(0, (heads, -1))
         self.w_uk, self.w_uv = per_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
 
-    def forward(self, x: torch.Tensor, cos_sin: CosSin, forward_batch: ForwardBatch) -> torch.Tensor:
-        """x [T, hidden] -> [T, hidden]"""
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """x [T, hidden], rotation [T, 1, rope / 2] complex64 -> [T, hidden]"""
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_b_proj(q_latent).unflatten(-1, (self.config.num_attention_heads, -1))
         q_nope, q_rope = q.split(self.q_head_dims, dim=-1)
         kv_latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.kv_dims, dim=-1)
-        q_index, k_index, index_weights = self.indexer(x, q_latent, cos_sin)
+        q_index, k_index, index_weights = self.indexer(x, q_latent, rotation)
         inputs = MLAInputs(
             q_nope=torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1),
-            q_rope=apply_rotary_interleaved(q_rope, *cos_sin),
+            q_rope=apply_rotary_interleaved(q_rope, rotation),
             kv_latent=self.kv_a_layernorm(kv_latent),
-            k_rope=apply_rotary_interleaved(k_rope[:, None], *cos_sin).squeeze(1),
+            k_rope=apply_rotary_interleaved(k_rope[:, None], rotation).squeeze(1),
             q_index=q_index,
             k_index=k_index,
             index_weights=index_weights,
@@ -127,9 +127,9 @@ class DeepseekV32DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
 
-    def forward(self, x: torch.Tensor, cos_sin: CosSin, forward_batch: ForwardBatch) -> torch.Tensor:
-        """x [T, hidden] -> [T, hidden]"""
-        x = x + self.self_attn(self.input_layernorm(x), cos_sin, forward_batch)
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """x [T, hidden], rotation [T, 1, rope / 2] complex64 -> [T, hidden]"""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, forward_batch)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -145,10 +145,10 @@ class DeepseekV32Model(nn.Module):
         self.rotary_emb = RotaryEmbedding(config.rope, config.qk_rope_head_dim, device)
 
     def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
-        cos_sin = self.rotary_emb(forward_batch.positions)
+        rotation = self.rotary_emb(forward_batch.positions)
         x = self.embed_tokens(forward_batch.input_ids)
         for layer in self.layers:
-            x = layer(x, cos_sin, forward_batch)
+            x = layer(x, rotation, forward_batch)
         return self.norm(x)
 
 
