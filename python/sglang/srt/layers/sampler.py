@@ -26,18 +26,14 @@ def sample(
     top_k: torch.Tensor,  # [R], int64: 0 is off
     min_p: torch.Tensor,  # [R], float32
     seed: torch.Tensor,  # [R], int64
-    all_greedy: bool = False,
     needs_filter: bool = True,
     keep: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Samples one token a row. Returns [R], int64. `keep` is `keep_mask` (the default) or does its work.
 
-    The host may promise what it knows: `all_greedy`, every temperature is 0; not `needs_filter`, no row has
-    top_p, top_k or min_p set. The result is the same, with less work.
+    The host may know that no row has top_p, top_k or min_p set; without `needs_filter` the result is then
+    the same, with less work.
     """
-    greedy = logits.argmax(dim=-1)
-    if all_greedy:
-        return greedy
     cold = temperature <= 0
     # Relative to the maximum, so that a tiny temperature gives -inf, never NaN.
     scores = logits - logits.amax(dim=-1, keepdim=True)
@@ -45,7 +41,7 @@ def sample(
     if needs_filter:
         scores = scores.masked_fill(~(keep or keep_mask)(scores, top_p, top_k, min_p), float("-inf"))
     noise = noise_function(logits.device.type)(seed, positions, logits.shape[1])
-    return torch.where(cold, greedy, (scores + noise).argmax(dim=-1))
+    return torch.where(cold, logits.argmax(dim=-1), (scores + noise).argmax(dim=-1))
 
 
 def keep_mask(

@@ -41,8 +41,7 @@ class DecodeBatch:
 
     members: list[tuple[Req, int | None]]  # each with its row of the request pool
     indices: torch.Tensor  # [n], int32: rows of the request pool
-    all_greedy: bool
-    needs_filter: bool
+    promises: dict[str, bool]  # to the sampler
     top_logprobs: int | None  # None: nobody asked for logprobs
 
     @classmethod
@@ -52,8 +51,10 @@ class DecodeBatch:
         return cls(
             members=[(req, req.req_pool_idx) for req in reqs],
             indices=torch.tensor([req.req_pool_idx for req in reqs], dtype=torch.int32, device=device),
-            all_greedy=all(p.temperature == 0 for p in params),
-            needs_filter=any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params),
+            promises={
+                "all_greedy": all(p.temperature == 0 for p in params),
+                "needs_filter": any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params),
+            },
             top_logprobs=max(wanted) if wanted else None,
         )
 
@@ -107,7 +108,8 @@ class TpModelWorker:
         last_rows = torch.tensor(lens, device=self.device).cumsum(0) - 1  # [bs]
         logits = self.target.model.compute_logits(hidden_states[last_rows])
         batch = DecodeBatch.create([chunk.req for chunk in chunks], self.device)
-        sampled = self._sample(logits, extend.seq_lens.long()[:, None], batch, extend.req_pool_indices)[:, 0]
+        positions = extend.seq_lens.long()[:, None]
+        sampled = self._sample(logits, positions, extend.req_pool_indices, **batch.promises)[:, 0]
 
         known = torch.tensor(
             [-1 if c.next_token is None else c.next_token for c in chunks], device=self.device
@@ -124,9 +126,8 @@ class TpModelWorker:
         """One token of every request."""
         step, captured = self._load_step(reqs)
         logits = self._run(self.decode_step, step, captured, self._max_len(reqs))  # [bs, vocab]
-        tokens = self._sample(logits, step.seq_lens.long()[:, None] + 1, self.batch, step.req_pool_indices)[
-            :, 0
-        ]
+        positions = step.seq_lens.long()[:, None] + 1
+        tokens = self._sample(logits, positions, step.req_pool_indices, **self.batch.promises)[:, 0]
         pool, indices = self.req_to_token_pool, step.req_pool_indices.long()
         pool.seq_lens.index_copy_(0, indices, step.seq_lens + (indices > 0))
         pool.last_token.index_copy_(0, indices, tokens)
@@ -281,23 +282,20 @@ class TpModelWorker:
         self,
         logits: torch.Tensor,  # [bs * rows, vocab], float32
         positions: torch.Tensor,  # [bs, rows], int64: of the tokens to sample
-        batch: DecodeBatch,
         indices: torch.Tensor,  # [bs]: rows of the request pool
+        *,
+        all_greedy: bool,
+        needs_filter: bool,
     ) -> torch.Tensor:  # [bs, rows], int64
-        pool, rows = self.req_to_token_pool, positions.shape[1]
-        requests = indices.long().repeat_interleave(rows)
-        return sample(
-            logits,
-            positions.reshape(-1),
-            pool.temperature[requests],
-            pool.top_p[requests],
-            pool.top_k[requests],
-            pool.min_p[requests],
-            pool.seed[requests],
-            needs_filter=batch.needs_filter,
-            all_greedy=batch.all_greedy,
-            keep=self.keep_mask,
-        ).view(positions.shape)
+        """Samples each request's rows; the host promises what it knows of all requests."""
+        if all_greedy:
+            return logits.argmax(dim=-1).view(positions.shape)
+        requests = indices.long()[:, None].expand(positions.shape).reshape(-1)
+        params = self.req_to_token_pool.sampling_params(requests)
+        tokens = sample(
+            logits, positions.reshape(-1), *params, needs_filter=needs_filter, keep=self.keep_mask
+        )
+        return tokens.view(positions.shape)
 
     # ---- prefill
 

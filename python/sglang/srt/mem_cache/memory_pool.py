@@ -33,6 +33,11 @@ class ReqToTokenPool:
         self.seed = torch.zeros(rows, dtype=torch.int64, device=device)
         self.free_slots = list(range(size, 0, -1))
 
+    def sampling_params(self, requests: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """temperature, top_p, top_k, min_p and seed of `requests` ([R], int64): [R] each."""
+        columns = self.temperature, self.top_p, self.top_k, self.min_p, self.seed
+        return tuple(column[requests] for column in columns)
+
     def alloc(self) -> int | None:
         """A free request index, or None."""
         return self.free_slots.pop() if self.free_slots else None

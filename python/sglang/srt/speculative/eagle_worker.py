@@ -15,7 +15,6 @@ import torch
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode
 from sglang.srt.layers.attention.nsa_backend import NativeSparseAttnMultiStepBackend
 from sglang.srt.layers.logprobs import token_logprobs
-from sglang.srt.layers.sampler import sample
 from sglang.srt.managers.schedule_batch import Req, StepOutput
 from sglang.srt.managers.tp_worker import TpModelWorker, metadata_state
 from sglang.srt.model_config import ModelConfig
@@ -152,20 +151,10 @@ class EAGLEWorker(TpModelWorker):
     def _draft_sample(
         self, hidden_states: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
-        """Draft tokens [R] for `positions` [R], with the noise that the target will sample them with: a
+        """Draft tokens [bs] for `positions` [bs], with the noise that the target will sample them with: a
         sampled request's drafts then agree more often. Filters are left to the target."""
-        pool = self.req_to_token_pool
-        return sample(
-            self.nextn.model.compute_logits(hidden_states),
-            positions,
-            pool.temperature[indices],
-            pool.top_p[indices],
-            pool.top_k[indices],
-            pool.min_p[indices],
-            pool.seed[indices],
-            needs_filter=False,
-            all_greedy=False,
-        )
+        logits = self.nextn.model.compute_logits(hidden_states)
+        return self._sample(logits, positions[:, None], indices, all_greedy=False, needs_filter=False)[:, 0]
 
     def _keep_draft(
         self, hidden_states: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor
@@ -179,7 +168,7 @@ class EAGLEWorker(TpModelWorker):
     def _accept(self, step: StepInputs, logits: torch.Tensor) -> None:
         """Samples the target's tokens, counts the right drafts and advances the requests."""
         positions = self._draft_positions(step) + 1
-        step.next_tokens.copy_(self._sample(logits, positions, self.batch, step.req_pool_indices))
+        step.next_tokens.copy_(self._sample(logits, positions, step.req_pool_indices, **self.batch.promises))
         real = step.req_pool_indices > 0
         step.accept_lens.copy_(count_accepted(step.draft_tokens, step.next_tokens) * real)
         torch.add(step.seq_lens, step.accept_lens, out=step.extend_seq_lens)
