@@ -1,0 +1,161 @@
+"""How requests end: lengths, stops, refusals, errors and aborts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from history_worker import HistoryWorker
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scheduler_harness import Harness, greedy, prompt_of
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+)
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler import load_tokenizer
+from sglang.srt.managers.stop_checker import StopChecker
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+
+def token_at(i: int) -> int:
+    return greedy(prompt_of(6), 20)[i]
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_ends(lookahead: int) -> None:
+    tokens = greedy(prompt_of(6), 20)
+    assert tokens.index(tokens[5]) == 5
+    eos = HistoryWorker(lookahead=lookahead, eos_token_ids=frozenset({tokens[5]}))
+    cases: list[tuple[dict[str, Any], int, dict[str, Any]]] = [
+        ({}, 6, {"type": "stop", "matched": tokens[5]}),
+        ({"ignore_eos": True}, 20, {"type": "length", "length": 20}),
+        ({"stop_token_ids": (tokens[2],)}, 3, {"type": "stop", "matched": tokens[2]}),
+        ({"stop_token_ids": (tokens[5],), "ignore_eos": True}, 6, {"type": "stop", "matched": tokens[5]}),
+        ({"max_new_tokens": 3}, 3, {"type": "length", "length": 3}),
+        ({"max_new_tokens": 6}, 6, {"type": "stop", "matched": tokens[5]}),
+        ({"max_new_tokens": 1}, 1, {"type": "length", "length": 1}),
+    ]
+    harness = Harness(eos)
+    for options, count, reason in cases:
+        result = harness.run(prompt_of(6), **({"max_new_tokens": 20} | options))
+        assert (result.output_ids, result.finish_reason) == (tokens[:count], reason), options
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_stop_strings_end_at_the_token_that_completes_them(dummy_model: Path, lookahead: int) -> None:
+    tokenizer = load_tokenizer(str(dummy_model))
+    harness = Harness(HistoryWorker(lookahead=lookahead), tokenizer=tokenizer)
+    tokens = greedy(prompt_of(6), 20)
+    stop = tokenizer.decode(tokens[9:12])
+    result = harness.run(prompt_of(6), max_new_tokens=20, stop=("never", stop))
+    assert result.finish_reason == {"type": "stop", "matched": stop}
+    assert result.output_ids == tokens[:12]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("aé☃😀", min_size=1, max_size=12), stop=st.text("aé☃😀", min_size=1, max_size=4))
+def test_stop_strings_are_found_where_the_whole_text_has_them(
+    dummy_model: Path, text: str, stop: str
+) -> None:
+    tokenizer = load_tokenizer(str(dummy_model))
+    checker = StopChecker(frozenset(), 1000, tokenizer)
+    req = Req("r", [1], SamplingParams(stop=(stop,)), seed=0)
+    ended_at = None
+    for token in tokenizer.encode(text):
+        req.output_ids.append(token)
+        if checker.check(req) is not None:
+            ended_at = len(req.output_ids)
+            break
+    at = text.find(stop)
+    assert ended_at == (None if at < 0 else len((text[:at] + stop).encode()))
+
+
+# Errors
+
+
+BAD_REQUESTS: list[tuple[str, list[int], dict[str, Any], str]] = [
+    ("empty prompt", [], {}, "the prompt is empty"),
+    ("unknown token", [1, 97], {}, "input_ids must be in [0, 97), got 97"),
+    ("negative token", [-1], {}, "input_ids must be in [0, 97), got -1"),
+    ("no tokens wanted", [1], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    ("nan", [1], {"temperature": float("nan")}, "temperature must be finite"),
+    ("stop without tokenizer", [1], {"stop": ("x",)}, "stop ['x'] needs a tokenizer"),
+    ("top logprobs", [1], {"top_logprobs_num": 21}, "top_logprobs_num must be in [0, 20], got 21"),
+    ("logprob start", [1], {"logprob_start_len": 1}, "logprob_start_len must be in [-1, 1), got 1"),
+    ("longer than the context", [1] * 60, {}, "the prompt has 60 tokens; the maximum is 59"),
+    ("never fits", [1] * 20, {"max_new_tokens": 30}, "do not fit into the cache of 48 tokens"),
+]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [case[1:] for case in BAD_REQUESTS],
+    ids=[case[0] for case in BAD_REQUESTS],
+)
+def test_bad_requests_are_refused(prompt: list[int], options: dict[str, Any], message: str) -> None:
+    num_pages = 12 if "cache" in message else 64
+    harness = Harness(HistoryWorker(num_pages=num_pages, context_len=60))
+    good = harness.send(prompt_of(10))
+    bad = harness.send(prompt, **options)
+    harness.finish()
+    reason = harness.results[bad].finish_reason
+    assert (reason["type"], reason["status_code"]) == ("abort", 400)
+    assert message in reason["message"]
+    assert harness.results[good].output_ids == greedy(prompt_of(10), 8)
+
+
+class PoisonousTokenizer:
+    """Fails on one token."""
+
+    def __init__(self, poison: int) -> None:
+        self.poison = poison
+
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        if self.poison in tokens:
+            raise RuntimeError("cannot decode this")
+        return " ".join(map(str, tokens))
+
+
+def test_a_poisonous_request_ends_alone() -> None:
+    poison = greedy(prompt_of(6, 1), 5)[4]
+    harness = Harness(HistoryWorker(lookahead=3), tokenizer=PoisonousTokenizer(poison))
+    good, bad = harness.send(prompt_of(6, 2)), harness.send(prompt_of(6, 1), stop=("x",))
+    harness.finish()
+    assert harness.results[bad].finish_reason == {
+        "type": "abort",
+        "message": "internal error: cannot decode this",
+        "status_code": 500,
+    }
+    assert harness.results[good].output_ids == greedy(prompt_of(6, 2), 8)
+    assert harness.run(prompt_of(6, 3)).output_ids == greedy(prompt_of(6, 3), 8)
+
+
+def test_an_engine_wide_error_is_not_swallowed() -> None:
+    harness = Harness()
+    harness.send(prompt_of(6))
+    harness.worker.prefill = lambda chunks: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        harness.step()
+
+
+def test_aborts_wherever_a_request_is() -> None:
+    harness = Harness(HistoryWorker(max_running_requests=2), chunked_prefill_size=8)
+    running = harness.send(prompt_of(6, 1), max_new_tokens=50)
+    harness.step(3)
+    partial, waiting = harness.send(prompt_of(30, 2)), harness.send(prompt_of(30, 3))
+    harness.step()
+    assert harness.scheduler.partial.rid == partial
+    for rid in (running, partial, waiting, "unknown"):
+        harness.link.inbox.append(AbortReq(rid))
+    harness.step()
+    assert harness.scheduler.is_idle
+    harness.finish()
+    assert {harness.results[rid].finish_reason["type"] for rid in (running, partial, waiting)} == {"abort"}
+    assert (
+        harness.results[running].output_ids
+        == greedy(prompt_of(6, 1), 50)[: len(harness.results[running].output_ids)]
+    )
+    harness.link.inbox.append(AbortReq(running))  # finished long ago
+    assert harness.run(prompt_of(6)).output_ids == greedy(prompt_of(6), 8)
