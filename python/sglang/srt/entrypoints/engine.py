@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from sglang.srt.entrypoints.choice import Choice
 from sglang.srt.managers.detokenizer import OutputText
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -18,7 +18,6 @@ from sglang.srt.managers.io_struct import (
     FlushCacheReqOutput,
     ReqOutput,
     TokenizedGenerateReqInput,
-    TokenLogprob,
 )
 from sglang.srt.managers.scheduler import Scheduler, load_tokenizer
 from sglang.srt.managers.scheduler_link import LocalLink
@@ -118,22 +117,22 @@ class Engine:
 
     def _stream(self, requests: list[TokenizedGenerateReqInput], single: bool) -> Iterator[dict[str, Any]]:
         """Runs the scheduler until the requests are finished; aborts them if the caller stops before."""
-        generations = [Generation(r, OutputText(self.tokenizer, r.sampling_params)) for r in requests]
-        self._generations |= {g.request.rid: g for g in generations}
+        generations = [Generation(Choice(r), OutputText(self.tokenizer, r.sampling_params)) for r in requests]
+        self._generations |= {g.rid: g for g in generations}
         self.link.inbox.extend(requests)
         try:
             while any(not g.finished or g.has_news for g in generations):
                 for index, generation in enumerate(generations):
                     if generation.has_news:
                         generation.has_news = False
-                        yield self._describe(generation) | ({} if single else {"index": index})
+                        yield generation.choice.native() | ({} if single else {"index": index})
                 if any(not g.finished for g in generations):
                     self._step()
         finally:
             for generation in generations:
                 if not generation.finished:
-                    self.link.inbox.append(AbortReq(generation.request.rid))
-                self._generations.pop(generation.request.rid, None)
+                    self.link.inbox.append(AbortReq(generation.rid))
+                self._generations.pop(generation.rid, None)
 
     def _step(self) -> None:
         self.scheduler.step()
@@ -146,58 +145,26 @@ class Engine:
             elif isinstance(message, FlushCacheReqOutput):
                 self._answers[message.request_id] = message
 
-    def _describe(self, generation: Generation) -> dict[str, Any]:
-        """SGLang's form of an answer."""
-        request, last = generation.request, generation.last
-        assert last is not None
-        meta: dict[str, Any] = {
-            "id": request.rid,
-            "finish_reason": last.finish_reason,
-            "prompt_tokens": last.prompt_tokens,
-            "completion_tokens": last.completion_tokens,
-            "cached_tokens": last.cached_tokens,
-            "spec_verify_ct": last.spec_verify_ct,
-            "e2e_latency": generation.latency,
-        }
-        if last.spec_verify_ct:
-            meta["spec_accept_length"] = last.completion_tokens / last.spec_verify_ct
-        if request.return_logprob:
-            for side in ("input", "output"):
-                entries: list[TokenLogprob] = getattr(generation, f"{side}_logprobs")
-                meta[f"{side}_token_logprobs"] = [(e.logprob, e.token_id, None) for e in entries]
-                if request.top_logprobs_num:
-                    meta[f"{side}_top_logprobs"] = [
-                        [(logprob, token, None) for token, logprob in e.top] or None for e in entries
-                    ]
-        return {"text": generation.text, "output_ids": list(generation.output_ids), "meta_info": meta}
-
 
 @dataclass
 class Generation:
-    """One sequence, as far as it has come."""
+    """One sequence with its detokenizer."""
 
-    request: TokenizedGenerateReqInput
+    choice: Choice
     detokenizer: OutputText
-    text: str = ""
-    output_ids: list[int] = field(default_factory=list)
-    output_logprobs: list[TokenLogprob] = field(default_factory=list)
-    input_logprobs: list[TokenLogprob] = field(default_factory=list)
-    last: ReqOutput | None = None
     has_news: bool = False  # something has come since the caller was last told
-    created: float = field(default_factory=time.perf_counter)
-    latency: float = 0.0  # seconds
+
+    @property
+    def rid(self) -> str:
+        return self.choice.request.rid
 
     @property
     def finished(self) -> bool:
-        return self.last is not None and self.last.finish_reason is not None
+        return self.choice.finish_reason is not None
 
     def add(self, output: ReqOutput) -> None:
-        self.text += self.detokenizer.feed(output.output_ids, output.finish_reason)
-        self.output_ids += output.output_ids
-        self.output_logprobs += output.output_logprobs or []
-        self.input_logprobs += output.input_logprobs or []
-        self.last, self.has_news = output, True
-        self.latency = time.perf_counter() - self.created
+        self.choice.add(output, self.detokenizer.feed(output.output_ids, output.finish_reason))
+        self.has_news = True
 
 
 def parse_sampling_params(given: dict[str, Any]) -> SamplingParams:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -10,9 +9,9 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response
 
+from sglang.srt.entrypoints.choice import Choice
 from sglang.srt.entrypoints.openai_protocol import GenerateReqInput, GenerateSamplingParams
 from sglang.srt.entrypoints.serving import (
-    Choice,
     EventStream,
     LogprobOptions,
     answer,
@@ -21,8 +20,8 @@ from sglang.srt.entrypoints.serving import (
     collect,
 )
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.io_struct import MAX_TOP_LOGPROBS, TokenizedGenerateReqInput, TokenLogprob
-from sglang.srt.managers.tokenizer_manager import Generation, TokenizerManager
+from sglang.srt.managers.io_struct import MAX_TOP_LOGPROBS, TokenizedGenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 T = TypeVar("T")
 
@@ -33,18 +32,18 @@ async def serve_generate(manager: TokenizerManager, body: GenerateReqInput, requ
     generation = manager.generate(requests)
     single = len(choices) == 1 and not body.is_batch
 
-    def describe(choice: Choice) -> dict[str, Any]:
-        return _describe(manager, choice, generation, body.return_text_in_logprobs)
+    token_text = manager.tokenizer.decode if body.return_text_in_logprobs else None
 
     async def chunks() -> AsyncIterator[dict[str, Any]]:
         async for event in generation:
-            choices[event.index].add(event)
-            described = describe(choices[event.index])
+            choices[event.index].add(event.output, event.text)
+            described = choices[event.index].native(token_text)
             yield described if single else described | {"index": event.index}
 
     async def whole() -> Any:
         await collect(generation, choices)
-        return describe(choices[0]) if single else [describe(c) for c in choices]
+        answers = [choice.native(token_text) for choice in choices]
+        return answers[0] if single else answers
 
     if body.stream:
         return EventStream(generation, chunks())
@@ -123,34 +122,3 @@ def _logprob_options(flag: bool, start: int, top: int) -> LogprobOptions:
         message = f"top_logprobs_num must be in [0, {MAX_TOP_LOGPROBS}], got {top}"
         raise RequestError.bad(message, "top_logprobs_num")
     return LogprobOptions(flag, start if flag else -1, top if flag else 0)
-
-
-def _describe(
-    manager: TokenizerManager, choice: Choice, generation: Generation, with_text: bool
-) -> dict[str, Any]:
-    meta: dict[str, Any] = {
-        "id": choice.request.rid,
-        "finish_reason": choice.finish_reason,
-        "prompt_tokens": len(choice.request.input_ids),
-        "completion_tokens": choice.completion_tokens,
-        "cached_tokens": choice.cached_tokens,
-        "e2e_latency": time.perf_counter() - generation.created,
-        "spec_verify_ct": choice.spec_verify_ct,
-    }
-    if choice.spec_verify_ct:
-        meta["spec_accept_length"] = choice.completion_tokens / choice.spec_verify_ct
-    if choice.request.return_logprob:
-        text = manager.tokenizer.decode if with_text else None
-        for side, entries in (("input", choice.input_logprobs), ("output", choice.output_logprobs)):
-            meta[f"{side}_token_logprobs"] = [_triple(e.logprob, e.token_id, text) for e in entries]
-            if choice.request.top_logprobs_num:
-                meta[f"{side}_top_logprobs"] = [_top(e, text) for e in entries]
-    return {"text": choice.text, "output_ids": choice.output_ids, "meta_info": meta}
-
-
-def _triple(logprob: float | None, token_id: int, text: Any) -> tuple[float | None, int, str | None]:
-    return logprob, token_id, text([token_id]) if text else None
-
-
-def _top(entry: TokenLogprob, text: Any) -> list[tuple[float | None, int, str | None]] | None:
-    return [_triple(logprob, token_id, text) for token_id, logprob in entry.top] if entry.top else None

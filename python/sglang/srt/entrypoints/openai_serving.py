@@ -12,9 +12,9 @@ from fastapi import Request
 from fastapi.responses import Response
 from jinja2 import TemplateError
 
+from sglang.srt.entrypoints.choice import Choice
 from sglang.srt.entrypoints.openai_protocol import ChatCompletionRequest, CompletionRequest, OpenAIRequest
 from sglang.srt.entrypoints.serving import (
-    Choice,
     EventStream,
     LogprobOptions,
     answer,
@@ -99,7 +99,7 @@ class OpenAIServing(ABC, Generic[R]):
         for chunk in self.first_chunks():
             yield self._chunk([chunk])
         async for event in generation:
-            self.choices[event.index].add(event)
+            self.choices[event.index].add(event.output, event.text)
             delta = self.chunk_choice(event)
             if delta is not None:
                 yield self._chunk([delta])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,9 +13,9 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from sglang.srt.entrypoints.choice import Choice
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, TokenLogprob
-from sglang.srt.managers.tokenizer_manager import Event, Generation, TokenizerManager
+from sglang.srt.managers.tokenizer_manager import Generation, TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -31,32 +31,6 @@ class LogprobOptions:
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
-
-
-@dataclass
-class Choice:
-    """One sequence of an answer, as far as it has come."""
-
-    request: TokenizedGenerateReqInput
-    text: str = ""
-    output_ids: list[int] = field(default_factory=list)
-    output_logprobs: list[TokenLogprob] = field(default_factory=list)
-    input_logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: dict[str, Any] | None = None
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    spec_verify_ct: int = 0
-
-    def add(self, event: Event) -> None:
-        output = event.output
-        self.text += event.text
-        self.output_ids += output.output_ids
-        self.output_logprobs += output.output_logprobs or []
-        self.input_logprobs += output.input_logprobs or []
-        self.finish_reason = output.finish_reason
-        self.completion_tokens = output.completion_tokens
-        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
-        self.spec_verify_ct = max(self.spec_verify_ct, output.spec_verify_ct)
 
 
 def check_batch(prompts: int, choices: int, param: str) -> None:
@@ -82,7 +56,7 @@ async def check_prompt(
 async def collect(generation: Generation, choices: list[Choice]) -> None:
     """Waits for all of it."""
     async for event in generation:
-        choices[event.index].add(event)
+        choices[event.index].add(event.output, event.text)
 
 
 async def answer(request: Request, generation: Generation, whole: Callable[[], Awaitable[Any]]) -> Response:

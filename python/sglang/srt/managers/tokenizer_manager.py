@@ -77,7 +77,6 @@ class Generation:
         self._manager = manager
         self._states = {state.request.rid: state for state in states}
         self._events = states[0].events
-        self.created = states[0].created
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Raises RequestError where a sequence cannot be completed."""
