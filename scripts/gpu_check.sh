@@ -4,15 +4,16 @@
 #   scripts/gpu_check.sh [OUTPUT_FOLDER]          default: docs/results/latest
 #
 # Uses the machine's own python3 (torch with CUDA, transformers, matplotlib). What else is needed (requirements:
-# fastapi, uvicorn, pyzmq, msgspec, prometheus-client, pytest, hypothesis, httpx, psutil) may lie as wheels in
-# the folder WHEELS (default .whl); COMMIT names the version where there is no .git. STEPS picks parts: build tests sanitize fuzz kernels metadata soak.
+# fastapi, uvicorn, pyzmq, msgspec, prometheus-client, pytest, hypothesis, httpx, psutil, aiohttp) may lie as wheels in
+# the folder WHEELS (default .whl); COMMIT names the version where there is no .git. STEPS picks parts:
+# build tests fuzz sanitize kernels metadata soak speculation.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 OUT_DIR=${1:-docs/results/latest}
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-.whl}
-STEPS=${STEPS:-build tests fuzz sanitize kernels metadata soak}
+STEPS=${STEPS:-build tests fuzz sanitize kernels metadata soak speculation}
 FUZZ_CASES=${FUZZ_CASES:-100000}
 SOAK_REPLAYS=${SOAK_REPLAYS:-100000}
 mkdir -p "$OUT_DIR"
@@ -71,6 +72,8 @@ wants sanitize && run sanitize bash sgl-kernel/tests/sanitize.sh
 wants kernels && run kernels "$PYTHON" sgl-kernel/benchmark/bench_fused_metadata_copy.py --json "$OUT_DIR/kernels.json"
 wants metadata && run metadata "$PYTHON" -m sglang.bench_metadata --device cuda --grid "${GRID:-h200}" --json "$OUT_DIR/metadata.json" --plot "$OUT_DIR"
 wants soak && run soak "$PYTHON" -m sglang.bench_metadata --soak "$SOAK_REPLAYS" --device cuda
+wants speculation && run speculation "$PYTHON" benchmark/speculation.py --device cuda --num-prompts 64 --output-len 128 \
+  --concurrency 1 32 --disable-tqdm --json "$OUT_DIR/speculation.json"
 
 if ((${#failed[@]})); then
   echo "FAILED: ${failed[*]}"
