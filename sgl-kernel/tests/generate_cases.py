@@ -10,13 +10,16 @@ import sgl_kernel
 import torch
 from arena import DECODE, DRAFT_EXTEND, TARGET_VERIFY, Arena, DrawInt, Slot, assert_same
 
+VECTORS = ("cache_seqlens", "cu_seqlens_k", "nsa_cache_seqlens", "nsa_cu_seqlens_k", "seqlens_expanded")
+FIELDS = (*VECTORS, "page_table_1", "real_page_table")
+
 
 @dataclass(frozen=True)
 class DestinationSpec:
     seqlens_offset: int = 0
-    width1: int = 64
+    width1: int | None = 64  # None: no page_table_1
     width2: int | None = None  # None: no real_page_table
-    seqlens_expanded: bool = True
+    without: tuple[str, ...] = ()  # vectors that this destination does not have
     extra: int = 0  # columns between the rows of the tables
     shift: int = 0
     shares_tables: bool = False  # with the destination before
@@ -44,11 +47,11 @@ class GenerateCase:
 
 @dataclass(frozen=True)
 class DestinationSlots:
-    cache_seqlens: Slot  # [bs + 3], int32, as all fields
-    cu_seqlens_k: Slot  # [bs + 4]
-    page_table_1: Slot  # [rows + 1, width1]
-    nsa_cache_seqlens: Slot  # [rows + 2]
-    nsa_cu_seqlens_k: Slot  # [rows + 1]
+    cache_seqlens: Slot | None  # [bs + 3], int32, as all fields
+    cu_seqlens_k: Slot | None  # [bs + 4]
+    page_table_1: Slot | None  # [rows + 1, width1]
+    nsa_cache_seqlens: Slot | None  # [rows + 2]
+    nsa_cu_seqlens_k: Slot | None  # [rows + 1]
     seqlens_expanded: Slot | None  # [rows + 2]
     real_page_table: Slot | None  # [rows + 1, width2]
 
@@ -84,26 +87,26 @@ class GenerateRig:
         case, int32 = self.case, torch.int32
         rows = case.bs * case.rows_per_req
 
-        def vector(field_name: str, size: int) -> Slot:
+        def vector(field_name: str, size: int) -> Slot | None:
+            if field_name in spec.without:
+                return None
             return self.arena.add(f"{name}.{field_name}", (size,), int32, 0, spec.shift)
 
-        def table(field_name: str, width: int) -> Slot:
+        def table(field_name: str, width: int | None) -> Slot | None:
+            if spec.shares_tables and before:
+                return getattr(before, field_name)
+            if width is None:
+                return None
             return self.arena.add(f"{name}.{field_name}", (rows + 1, width), int32, spec.extra, spec.shift)
 
-        shared = before if spec.shares_tables else None
-        page_table_1 = shared.page_table_1 if shared else table("page_table_1", spec.width1)
-        if shared:
-            real_page_table = shared.real_page_table
-        else:
-            real_page_table = table("real_page_table", spec.width2) if spec.width2 is not None else None
         return DestinationSlots(
             vector("cache_seqlens", case.bs + 3),
             vector("cu_seqlens_k", case.bs + 4),
-            page_table_1,
+            table("page_table_1", spec.width1),
             vector("nsa_cache_seqlens", rows + 2),
             vector("nsa_cu_seqlens_k", rows + 1),
-            vector("seqlens_expanded", rows + 2) if spec.seqlens_expanded else None,
-            real_page_table,
+            vector("seqlens_expanded", rows + 2),
+            table("real_page_table", spec.width2),
         )
 
     def _make_plan(self) -> sgl_kernel.NSAMetadataGeneratePlan:
@@ -191,19 +194,23 @@ def write_reference(
         kept = column < accepted[:, None]
         lens, requests = lens[kept], requests[kept]
     lens, requests = lens.reshape(-1), requests.reshape(-1)  # [rows]
-    rows = len(lens)
 
     cached = kv + per_req if case.mode == TARGET_VERIFY else kv
     sparse = lens.clamp(max=case.topk)
-    dst["cache_seqlens"][:bs] = cached.int()
-    dst["cu_seqlens_k"][: bs + 1] = torch.nn.functional.pad(cached.cumsum(0), (1, 0)).int()
-    dst["nsa_cache_seqlens"][:rows] = sparse.int()
-    dst["nsa_cu_seqlens_k"][: rows + 1] = torch.nn.functional.pad(sparse.cumsum(0), (1, 0)).int()
-    if dst["seqlens_expanded"] is not None:
-        dst["seqlens_expanded"][:rows] = lens.int()
+    vectors = {
+        "cache_seqlens": cached,
+        "cu_seqlens_k": torch.nn.functional.pad(cached.cumsum(0), (1, 0)),
+        "nsa_cache_seqlens": sparse,
+        "nsa_cu_seqlens_k": torch.nn.functional.pad(sparse.cumsum(0), (1, 0)),
+        "seqlens_expanded": lens,
+    }
+    for name, values in vectors.items():
+        if dst[name] is not None:
+            dst[name][: len(values)] = values.int()
 
     safe = torch.where((indices >= 0) & (indices < case.pool), indices.long(), 0)
-    write_live(dst["page_table_1"], tokens[safe[requests]], lens)
+    if dst["page_table_1"] is not None:
+        write_live(dst["page_table_1"], tokens[safe[requests]], lens)
     if dst["real_page_table"] is not None:
         pages = tokens[:, :: case.page_size] // case.page_size
         write_live(dst["real_page_table"], pages[safe[requests]], -(-lens // case.page_size))
@@ -218,15 +225,18 @@ def write_live(table: torch.Tensor, rows: torch.Tensor, lens: torch.Tensor) -> N
 
 
 def generate_case(mode: int, bs: int, lengths: tuple[int, ...], **options: object) -> GenerateCase:
-    """One destination per offset (`offsets`), wide enough for all lengths, which are dealt out in turn."""
+    """One destination per offset (`offsets`), wide enough for all lengths, which are dealt out in turn; with
+    the fields named in `fields`."""
     offsets = tuple(options.pop("offsets", (0,)))
     page_size = options.get("page_size", 64)
     width = options.pop("width", max(lengths, default=0) + max(offsets) + options.get("rows_per_req", 1) + 1)
     width = max(width, 1)
-    pages = -(-width // page_size) if options.pop("real_page_table", True) else None
-    keys = ("extra", "shift", "seqlens_expanded")
-    spec = {key: options.pop(key) for key in keys if key in options}
-    dsts = tuple(DestinationSpec(offset, width, pages, **spec) for offset in offsets)
+    fields = options.pop("fields", FIELDS)
+    width1 = width if "page_table_1" in fields else None
+    width2 = -(-width // page_size) if "real_page_table" in fields else None
+    spec = {key: options.pop(key) for key in ("extra", "shift") if key in options}
+    spec["without"] = tuple(name for name in VECTORS if name not in fields)
+    dsts = tuple(DestinationSpec(offset, width1, width2, **spec) for offset in offsets)
     dealt = tuple(lengths[i % len(lengths)] for i in range(bs))
     return GenerateCase(mode, bs, dsts, (dealt, tuple(reversed(dealt))), token_width=width, **options)
 
@@ -243,12 +253,14 @@ def random_generate_case(draw: DrawInt, runs: int = 1) -> GenerateCase:
     dsts: list[DestinationSpec] = []
     for d in range(draw(0, 4) if draw(0, 15) else draw(5, 40)):
         width1 = token_width if draw(0, 1) else draw(0, token_width)
+        has_table = draw(0, 5) > 0
+        kept = draw(0 if has_table else 1, 31) if draw(0, 2) == 0 else 31  # bit i: has VECTORS[i]
         dsts.append(
             DestinationSpec(
                 seqlens_offset=draw(-5, 5) if hostile else draw(0, 1) * (d + 1),
-                width1=width1,
+                width1=width1 if has_table else None,
                 width2=None if draw(0, 2) == 0 else (most if draw(0, 1) else draw(0, most)),
-                seqlens_expanded=draw(0, 1) == 1,
+                without=tuple(name for i, name in enumerate(VECTORS) if kept >> i & 1 == 0),
                 extra=(-width1) % 4 if aligned else draw(0, 5),
                 shift=0 if aligned else draw(0, 3),
                 shares_tables=d > 0 and draw(0, 5) == 0,

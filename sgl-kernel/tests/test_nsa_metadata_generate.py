@@ -6,7 +6,7 @@ import pytest
 import sgl_kernel
 import torch
 from arena import DECODE, DRAFT_EXTEND, TARGET_VERIFY, huge_table
-from generate_cases import DestinationSpec, GenerateCase, GenerateRig, generate_case
+from generate_cases import FIELDS, VECTORS, DestinationSpec, GenerateCase, GenerateRig, generate_case
 
 LENGTHS = (0, 1, 5, 63, 64, 65, 200, 1)
 MODES = [
@@ -23,8 +23,9 @@ CORRECTNESS = [
     *[generate_case(bs=5, lengths=LENGTHS, page_size=1, **mode) for mode in MODES],
     *[generate_case(bs=5, lengths=LENGTHS, page_size=3, extra=2, shift=1, **mode) for mode in MODES],
     *[generate_case(DECODE, 4, LENGTHS, offsets=offsets) for offsets in STEPS.values()],
-    generate_case(DECODE, 5, LENGTHS, real_page_table=False),
-    generate_case(DECODE, 5, LENGTHS, seqlens_expanded=False),
+    *[generate_case(bs=5, lengths=LENGTHS, fields=(field,), **mode) for field in FIELDS for mode in MODES],
+    *[generate_case(DECODE, 5, LENGTHS, fields=tuple(f for f in FIELDS if f != field)) for field in FIELDS],
+    *[generate_case(bs=300, lengths=LENGTHS, offsets=STEPS[3], fields=VECTORS, **mode) for mode in MODES],
     generate_case(DECODE, 5, LENGTHS, seq_lens_dtype=torch.int64, req_pool_indices_dtype=torch.int64),
 ]
 CORNER = [

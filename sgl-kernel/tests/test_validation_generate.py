@@ -113,9 +113,9 @@ GENERATE = [
         lambda a, d: {"accept_lens": a["accept_lens"].long()},
     ),
     reject(
-        "cache_seqlens missing",
-        "destinations[1].cache_seqlens: expected a tensor, found None",
-        with_field("cache_seqlens", lambda d: None),
+        "a destination without fields",
+        "destinations[1]: expected at least one tensor, found none",
+        lambda a, d: {"destinations": [good_destination(d), MetadataDestination(seqlens_offset=1)]},
     ),
     reject(
         "cache_seqlens dtype",

@@ -21,20 +21,21 @@ constexpr int kColumnsPerBlock = kBlockThreads * kColumnsPerThread;
 
 enum class Mode : int32_t { kDecode = 0, kTargetVerify = 1, kDraftExtend = 2 };
 
-// The per-request and per-row vectors of one destination; all int32.
+// The per-request and per-row vectors of one destination; all int32, null where it does not have them.
 struct GenerateVectors {
   int32_t* cache_seqlens;      // [bs]
   int32_t* cu_seqlens_k;       // [bs + 1]
   int32_t* nsa_cache_seqlens;  // [rows]
   int32_t* nsa_cu_seqlens_k;   // [rows + 1]
-  int32_t* seqlens_expanded;   // [rows] or null
+  int32_t* seqlens_expanded;   // [rows]
   int64_t seqlens_offset;      // added to every seq_len
 };
 
-// The page tables of one destination. Destinations that share their tables share one entry.
+// The page tables of one destination; one that is absent is null and 0 wide. Destinations that share their tables share
+// one entry, those without tables have none.
 struct GenerateTables {
   int32_t* page_table_1;     // [rows, width1], row stride stride1
-  int32_t* real_page_table;  // [rows, width2], row stride stride2; or null
+  int32_t* real_page_table;  // [rows, width2], row stride stride2
   int64_t stride1;
   int64_t stride2;
   int64_t seqlens_offset;
@@ -175,21 +176,21 @@ __device__ __forceinline__ void write_vectors(const GenerateParams& p, const Gen
   Sums at = block_exclusive_sum(sums);
 
   if (threadIdx.x == 0) {
-    out.cu_seqlens_k[0] = 0;
-    out.nsa_cu_seqlens_k[0] = 0;
+    if (out.cu_seqlens_k != nullptr) out.cu_seqlens_k[0] = 0;
+    if (out.nsa_cu_seqlens_k != nullptr) out.nsa_cu_seqlens_k[0] = 0;
   }
   for (int32_t i = begin; i < end; ++i) {
     const int64_t kv = kv_len(seq_len(p, i), out.seqlens_offset);
     const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
     const int64_t cached = cache_seqlen(p, kv);
     at.kv += static_cast<uint32_t>(cached);
-    out.cache_seqlens[i] = static_cast<int32_t>(cached);
-    out.cu_seqlens_k[i + 1] = static_cast<int32_t>(at.kv);
+    if (out.cache_seqlens != nullptr) out.cache_seqlens[i] = static_cast<int32_t>(cached);
+    if (out.cu_seqlens_k != nullptr) out.cu_seqlens_k[i + 1] = static_cast<int32_t>(at.kv);
     for (int32_t j = 0; j < rows; ++j, ++at.rows) {
       const int64_t len = row_len(p, kv, accepted, j), kept = smaller(len, p.topk);
       at.nsa += static_cast<uint32_t>(kept);
-      out.nsa_cache_seqlens[at.rows] = static_cast<int32_t>(kept);
-      out.nsa_cu_seqlens_k[at.rows + 1] = static_cast<int32_t>(at.nsa);
+      if (out.nsa_cache_seqlens != nullptr) out.nsa_cache_seqlens[at.rows] = static_cast<int32_t>(kept);
+      if (out.nsa_cu_seqlens_k != nullptr) out.nsa_cu_seqlens_k[at.rows + 1] = static_cast<int32_t>(at.nsa);
       if (out.seqlens_expanded != nullptr) out.seqlens_expanded[at.rows] = static_cast<int32_t>(len);
     }
   }

@@ -1,5 +1,6 @@
 // nsa_metadata_generate through a plan: every check and all addresses once, then a run without arguments.
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -17,7 +18,7 @@ constexpr int64_t kMaxColumns = int64_t{1} << 30;  // column arithmetic is 32-bi
 constexpr int64_t kMaxRows = int64_t{1} << 24;
 
 // The fields of a destination, in the order in which their tensors stand in `dsts`. Bit f of dst_fields[d]
-// says that destination d has field f.
+// says that destination d has field f; it has at least one.
 enum DestinationField {
   kCacheSeqlens,
   kCuSeqlensK,
@@ -33,16 +34,12 @@ struct FieldInfo {
   int64_t dim;
   bool per_row;  // one element (or table row) per row, else per request
   bool prefix;   // one element more
-  bool optional;
 };
 constexpr FieldInfo kFields[kNumDestinationFields] = {
-    {"destinations[%d].cache_seqlens", 1, false, false, false},
-    {"destinations[%d].cu_seqlens_k", 1, false, true, false},
-    {"destinations[%d].page_table_1", 2, true, false, false},
-    {"destinations[%d].nsa_cache_seqlens", 1, true, false, false},
-    {"destinations[%d].nsa_cu_seqlens_k", 1, true, true, false},
-    {"destinations[%d].seqlens_expanded", 1, true, false, true},
-    {"destinations[%d].real_page_table", 2, true, false, true},
+    {"destinations[%d].cache_seqlens", 1, false, false},  {"destinations[%d].cu_seqlens_k", 1, false, true},
+    {"destinations[%d].page_table_1", 2, true, false},    {"destinations[%d].nsa_cache_seqlens", 1, true, false},
+    {"destinations[%d].nsa_cu_seqlens_k", 1, true, true}, {"destinations[%d].seqlens_expanded", 1, true, false},
+    {"destinations[%d].real_page_table", 2, true, false},
 };
 
 struct PlanArgs {
@@ -97,6 +94,12 @@ struct Destination {
   TensorView fields[kNumDestinationFields];
   bool has[kNumDestinationFields] = {};
   int64_t seqlens_offset = 0;
+  bool has_vectors() const {
+    for (int f = 0; f < kNumDestinationFields; ++f) {
+      if (has[f] && kFields[f].dim == 1) return true;
+    }
+    return false;
+  }
   int32_t* data(int f) const { return has[f] ? reinterpret_cast<int32_t*>(fields[f].data) : nullptr; }
 };
 
@@ -123,11 +126,11 @@ void check_no_input_overlap(const TensorView& dst, const PlanArgs& args) {
 }
 
 void check_destination(Destination& dst, const PlanArgs& args) {
+  if (std::none_of(std::begin(dst.has), std::end(dst.has), [](bool has) { return has; })) {
+    reject(kOp, {"", "destinations[%d]", dst.fields[0].name.a}, "at least one tensor", "none");
+  }
   for (int f = 0; f < kNumDestinationFields; ++f) {
-    if (!dst.has[f]) {
-      if (!kFields[f].optional) reject(kOp, dst.fields[f].name, "a tensor", "None");
-      continue;
-    }
+    if (!dst.has[f]) continue;
     const int64_t count = kFields[f].per_row ? args.rows() : args.bs;
     const bool table = kFields[f].dim == 2;
     check_tensor(kOp, dst.fields[f],
@@ -144,15 +147,15 @@ GenerateVectors vectors_of(const Destination& dst) {
 }
 
 GenerateTables tables_of(const Destination& dst) {
-  const bool real = dst.has[kRealPageTable];
-  const TensorView &table = dst.fields[kPageTable1], &pages = dst.fields[kRealPageTable];
+  const bool slots = dst.has[kPageTable1], pages = dst.has[kRealPageTable];
+  const TensorView &table1 = dst.fields[kPageTable1], &table2 = dst.fields[kRealPageTable];
   return {dst.data(kPageTable1),
           dst.data(kRealPageTable),
-          table.row_stride,
-          real ? pages.row_stride : 0,
+          slots ? table1.row_stride : 0,
+          pages ? table2.row_stride : 0,
           dst.seqlens_offset,
-          static_cast<int32_t>(table.cols),
-          real ? static_cast<int32_t>(pages.cols) : 0};
+          slots ? static_cast<int32_t>(table1.cols) : 0,
+          pages ? static_cast<int32_t>(table2.cols) : 0};
 }
 
 bool same_tables(const GenerateTables& a, const GenerateTables& b) {
@@ -162,6 +165,7 @@ bool same_tables(const GenerateTables& a, const GenerateTables& b) {
 
 // Destinations that share their tables need them written once, up to the longest of their lengths.
 void add_tables(GenerateParams& launch, const GenerateTables& tables) {
+  if (tables.width1 == 0 && tables.width2 == 0) return;
   for (int t = 0; t < launch.num_tables; ++t) {
     if (!same_tables(launch.tables[t], tables)) continue;
     launch.tables[t].seqlens_offset = std::max(launch.tables[t].seqlens_offset, tables.seqlens_offset);
@@ -192,7 +196,6 @@ void finish(GenerateParams& launch, int32_t resident_blocks) {
   const int64_t wanted = std::max<int64_t>(4, resident_blocks / std::max(launch.bs, 1));
   const int64_t most = std::max<int64_t>(1, (max_cols + kColumnsPerBlock - 1) / kColumnsPerBlock);
   launch.col_blocks = static_cast<int32_t>(std::min(wanted, most));
-  if (max_cols == 0) launch.num_tables = 0;
 }
 
 GenerateParams common_params(const PlanArgs& args) {
@@ -223,7 +226,7 @@ std::vector<GenerateParams> make_launches(const PlanArgs& args, const std::vecto
   for (size_t d = 0; d < dsts.size(); ++d) {
     if (d % kMaxGenerateDestinations == 0) launches.push_back(common_params(args));
     GenerateParams& launch = launches.back();
-    launch.vectors[launch.num_vectors++] = vectors_of(dsts[d]);
+    if (dsts[d].has_vectors()) launch.vectors[launch.num_vectors++] = vectors_of(dsts[d]);
     add_tables(launch, tables_of(dsts[d]));
   }
   for (GenerateParams& launch : launches) finish(launch, backend::resident_blocks(args.seq_lens.device_index));

@@ -14,20 +14,20 @@ namespace {
 void write_vectors(const GenerateParams& p, const GenerateVectors& out) {
   uint32_t kv_sum = 0, nsa_sum = 0;  // modulo 2^32, as the int32 results are
   int64_t row = 0;
-  out.cu_seqlens_k[0] = 0;
-  out.nsa_cu_seqlens_k[0] = 0;
+  if (out.cu_seqlens_k != nullptr) out.cu_seqlens_k[0] = 0;
+  if (out.nsa_cu_seqlens_k != nullptr) out.nsa_cu_seqlens_k[0] = 0;
   for (int32_t i = 0; i < p.bs; ++i) {
     const int64_t kv = kv_len(seq_len(p, i), out.seqlens_offset);
     const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
     const int64_t cached = cache_seqlen(p, kv);
     kv_sum += static_cast<uint32_t>(cached);
-    out.cache_seqlens[i] = static_cast<int32_t>(cached);
-    out.cu_seqlens_k[i + 1] = static_cast<int32_t>(kv_sum);
+    if (out.cache_seqlens != nullptr) out.cache_seqlens[i] = static_cast<int32_t>(cached);
+    if (out.cu_seqlens_k != nullptr) out.cu_seqlens_k[i + 1] = static_cast<int32_t>(kv_sum);
     for (int32_t j = 0; j < rows; ++j, ++row) {
       const int64_t len = row_len(p, kv, accepted, j), kept = smaller(len, p.topk);
       nsa_sum += static_cast<uint32_t>(kept);
-      out.nsa_cache_seqlens[row] = static_cast<int32_t>(kept);
-      out.nsa_cu_seqlens_k[row + 1] = static_cast<int32_t>(nsa_sum);
+      if (out.nsa_cache_seqlens != nullptr) out.nsa_cache_seqlens[row] = static_cast<int32_t>(kept);
+      if (out.nsa_cu_seqlens_k != nullptr) out.nsa_cu_seqlens_k[row + 1] = static_cast<int32_t>(nsa_sum);
       if (out.seqlens_expanded != nullptr) out.seqlens_expanded[row] = static_cast<int32_t>(len);
     }
   }

@@ -73,22 +73,22 @@ class FusedMetadataCopyPlan:
 
 @dataclass(frozen=True)
 class MetadataDestination:
-    """The metadata tensors of one attention backend: int32, unit inner stride, on one device.
+    """The metadata tensors of one attention backend: int32, unit inner stride, on one device. Those that no
+    reader of the backend wants stay None; at least one is given.
 
     `rows` is bs in DECODE and bs * rows_per_req in the other modes (packed rows may use fewer). The widths
     of the tables may differ between destinations. Destinations may share their tables: those are then
     written once, up to the longest of the lengths.
     """
 
-    cache_seqlens: torch.Tensor  # [>= bs]
-    cu_seqlens_k: torch.Tensor  # [>= bs + 1]
-    page_table_1: torch.Tensor  # [>= rows, width1], width1 at most req_to_token's
-    nsa_cache_seqlens: torch.Tensor  # [>= rows]
-    nsa_cu_seqlens_k: torch.Tensor  # [>= rows + 1]
+    cache_seqlens: torch.Tensor | None = None  # [>= bs]
+    cu_seqlens_k: torch.Tensor | None = None  # [>= bs + 1]
+    page_table_1: torch.Tensor | None = None  # [>= rows, width1], width1 at most req_to_token's
+    nsa_cache_seqlens: torch.Tensor | None = None  # [>= rows]
+    nsa_cu_seqlens_k: torch.Tensor | None = None  # [>= rows + 1]
     seqlens_expanded: torch.Tensor | None = None  # [>= rows]
-    real_page_table: torch.Tensor | None = (
-        None  # [>= rows, width2], width2 at most ceil(req_to_token's / page_size)
-    )
+    # [>= rows, width2], width2 at most ceil(req_to_token's / page_size)
+    real_page_table: torch.Tensor | None = None
     seqlens_offset: int = 0  # added to every seq_len (draft step i: i + 1)
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
