@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sglang.srt.managers.io_struct import TokenLogprob
 from sglang.srt.managers.schedule_batch import PrefillChunk, Req, StepOutput
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.sampling.token_logprob import TokenLogprob
 
 POISON = -7
 

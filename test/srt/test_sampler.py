@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang.srt.layers.sampler import gumbel_noise, hash_bits, keep_mask, noise_function, sample
+from sglang.srt.layers.gumbel_noise import gumbel_noise, hash_bits
+from sglang.srt.layers.sampler import keep_mask, noise_function, sample
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import PrefillChunk, Req
-from sglang.srt.managers.tp_worker import TpModelWorker, create_worker
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.managers.worker_factory import create_worker
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang.srt.managers.io_struct import ReqOutput, TokenizedGenerateReqInput, TokenLogprob
+from sglang.srt.managers.io_struct import ReqOutput, TokenizedGenerateReqInput
+from sglang.srt.sampling.token_logprob import TokenLogprob
 
 TokenText = Callable[[list[int]], str]
 Triple = tuple[float | None, int, str | None]  # logprob, token, its text if asked for

@@ -21,7 +21,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.scheduler import Scheduler, load_tokenizer
 from sglang.srt.managers.scheduler_link import LocalLink
-from sglang.srt.managers.tp_worker import create_worker
+from sglang.srt.managers.worker_factory import create_worker
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 

@@ -20,8 +20,9 @@ from sglang.srt.entrypoints.serving import (
     collect,
 )
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.io_struct import MAX_TOP_LOGPROBS, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.sampling.token_logprob import MAX_TOP_LOGPROBS
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.io_struct import MAX_TOP_LOGPROBS
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.sampling.token_logprob import MAX_TOP_LOGPROBS
 
 MAX_CHOICES = 128
 MAX_STOPS = 16

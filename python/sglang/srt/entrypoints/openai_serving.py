@@ -23,9 +23,10 @@ from sglang.srt.entrypoints.serving import (
     collect,
 )
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, TokenLogprob
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.tokenizer_manager import Event, Generation, TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.sampling.token_logprob import TokenLogprob
 
 R = TypeVar("R", bound=OpenAIRequest)
 

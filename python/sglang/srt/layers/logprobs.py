@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang.srt.managers.io_struct import TokenLogprob
+from sglang.srt.sampling.token_logprob import TokenLogprob
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, top: int) -> list[TokenLogprob]:

@@ -1,8 +1,7 @@
 """Chooses the next tokens. The randomness is a pure function of (seed, position, token id).
 
 So a request gives the same tokens alone or in a batch, and speculated or not. Gumbel-max: the argmax of
-log p + Gumbel noise is distributed like p (https://arxiv.org/abs/1611.01144, section 2). The noise comes from
-a counter-based integer hash (the idea: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+log p + Gumbel noise is distributed like p (https://arxiv.org/abs/1611.01144, section 2).
 """
 
 from __future__ import annotations
@@ -12,10 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-MASK32 = 0xFFFFFFFF
-# Both below 2**31, so that a product with a 32-bit value fits int64 exactly.
-HASH_MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)
-SECOND_KEY = 0x9E3779B9
+from sglang.srt.layers.gumbel_noise import gumbel_noise
 
 
 def sample(
@@ -69,30 +65,6 @@ def noise_function(device_type: str) -> Callable[[torch.Tensor, torch.Tensor, in
     """`gumbel_noise`, or on CUDA one Triton kernel that does its work."""
     if device_type != "cuda":
         return gumbel_noise
-    from sglang.srt.layers import sampler_triton
+    from sglang.srt.layers import gumbel_noise_triton
 
-    return sampler_triton.gumbel_noise
-
-
-def gumbel_noise(seed: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise [R, V], float32, for seed [R] and positions [R], int64."""
-    uniform = hash_bits(seed, positions, vocab_size).float().add_(0.5).mul_(2.0**-32)
-    # -log(-log(1 - u)): floats are densest near u = 0, which is where the largest noise comes from.
-    # The clamp: u rounds to 1 at the top, where the noise would be -inf.
-    return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
-
-
-def hash_bits(seed: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """32 random bits of every (seed, position, token): [R, V], int64, the same on every device."""
-    low, high = _mix(seed & MASK32), (seed >> 32) & MASK32
-    key = _mix(_mix(low ^ high) ^ (positions & MASK32))  # [R]
-    second_key = _mix(key ^ SECOND_KEY)
-    token = torch.arange(vocab_size, dtype=torch.int64, device=seed.device)
-    return _mix(_mix(token ^ key[:, None]) ^ second_key[:, None])
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of the 32-bit integers that spreads every bit (hash-prospector's "21f0aaad" family)."""
-    for shift, multiplier in zip((16, 15), HASH_MULTIPLIERS):
-        x = ((x ^ (x >> shift)) * multiplier) & MASK32
-    return x ^ (x >> 15)
+    return gumbel_noise_triton.gumbel_noise

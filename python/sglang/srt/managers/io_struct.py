@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.sampling.token_logprob import TokenLogprob
 
 
 class TokenizedGenerateReqInput(msgspec.Struct, tag=True, kw_only=True):
@@ -44,12 +45,6 @@ class GetInternalStateReqOutput(msgspec.Struct, tag=True):
     internal_state: dict[str, Any]
 
 
-class TokenLogprob(msgspec.Struct, array_like=True):
-    token_id: int
-    logprob: float | None  # None: the first prompt token, which nothing predicts
-    top: list[tuple[int, float]]  # (token id, logprob), most likely first
-
-
 class ReqOutput(msgspec.Struct, kw_only=True):
     """What is new of one request since the last ReqOutput with its rid."""
 
@@ -81,8 +76,6 @@ class SchedulerFailed(msgspec.Struct, tag=True):
 
     message: str
 
-
-MAX_TOP_LOGPROBS = 20
 
 ToScheduler = TokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq
 FromScheduler = (

@@ -11,7 +11,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import (
-    MAX_TOP_LOGPROBS,
     AbortReq,
     BatchOutput,
     FlushCacheReqInput,
@@ -22,7 +21,6 @@ from sglang.srt.managers.io_struct import (
     SchedulerFailed,
     SchedulerReady,
     TokenizedGenerateReqInput,
-    TokenLogprob,
     ToScheduler,
 )
 from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, Req, StepOutput
@@ -31,6 +29,7 @@ from sglang.srt.managers.stop_checker import StopChecker
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 from sglang.srt.mem_cache.request_memory import RequestMemory
+from sglang.srt.sampling.token_logprob import MAX_TOP_LOGPROBS, TokenLogprob
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 if TYPE_CHECKING:
@@ -352,7 +351,7 @@ def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:
 
     Where it cannot start or a step fails, it says why (`SchedulerFailed`) and exits with status 1.
     """
-    from sglang.srt.managers.tp_worker import create_worker  # imports the models
+    from sglang.srt.managers.worker_factory import create_worker  # imports the models
 
     link = ZmqLink(port_args)
     try:

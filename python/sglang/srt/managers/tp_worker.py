@@ -18,8 +18,7 @@ from sglang.srt.layers.attention.registry import select_attention_ops
 from sglang.srt.layers.logprobs import token_logprobs
 from sglang.srt.layers.sampler import sample
 from sglang.srt.layers.sampler_flashinfer import select_keep_mask
-from sglang.srt.managers.io_struct import TokenLogprob
-from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, Req, StepOutput
+from sglang.srt.managers.schedule_batch import PrefillChunk, Req, StepOutput
 from sglang.srt.mem_cache.fp8_kv_pool import kv_pool_class
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.model_config import ModelConfig
@@ -28,6 +27,7 @@ from sglang.srt.model_executor.graph_runner import StepInputs, capture_batch_siz
 from sglang.srt.model_executor.model_runner import ExtendBatch, ModelRunner
 from sglang.srt.model_executor.step_function import StepFunction, StepMetadata
 from sglang.srt.model_loader import load_model
+from sglang.srt.sampling.token_logprob import TokenLogprob
 from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
@@ -360,23 +360,3 @@ def metadata_state(
         "fallback_reason": reasons[0] if reasons else None,
         "verify": selection.verify,
     }
-
-
-def create_worker(server_args: ServerArgs) -> GenerationWorker:
-    """Loads the model and builds the worker that the arguments ask for."""
-    dtype = server_args.dtype
-    if dtype == "auto" and server_args.device == "cpu":
-        dtype = "float32"  # what CPUs without bfloat16 units compute fastest
-    config = ModelConfig.from_path(
-        server_args.model_path, server_args.context_length, dtype, server_args.device
-    )
-    if server_args.speculative_algorithm is None:
-        return TpModelWorker(server_args, config)
-    if not config.num_nextn_predict_layers:
-        raise ValueError(
-            f"--speculative-algorithm {server_args.speculative_algorithm} needs a model with a NextN layer; "
-            f"num_nextn_predict_layers of {server_args.model_path} is 0"
-        )
-    from sglang.srt.speculative.eagle_worker import EAGLEWorker
-
-    return EAGLEWorker(server_args, config)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from sglang.srt.layers.sampler import HASH_MULTIPLIERS, SECOND_KEY
+from sglang.srt.layers.gumbel_noise import HASH_MULTIPLIERS, SECOND_KEY
 
 BLOCK = 1024
 FIRST, SECOND = (tl.constexpr(multiplier) for multiplier in HASH_MULTIPLIERS)
@@ -15,7 +15,7 @@ SECOND_KEY_MASK = tl.constexpr(SECOND_KEY)
 
 
 @triton.jit
-def _mix(x):  # uint32: the products wrap as `sampler._mix` masks them
+def _mix(x):  # uint32: the products wrap as `gumbel_noise._mix` masks them
     x = (x ^ (x >> 16)) * FIRST
     x = (x ^ (x >> 15)) * SECOND
     return x ^ (x >> 15)
@@ -42,7 +42,7 @@ def _noise_kernel(
 
 
 def gumbel_noise(seed: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """As `sampler.gumbel_noise`, with the same bits and logarithms that may differ in their last digit."""
+    """As the plain one, with the same bits and logarithms that may differ in their last digit."""
     rows = seed.shape[0]
     noise = torch.empty((rows, vocab_size), dtype=torch.float32, device=seed.device)
     if rows:

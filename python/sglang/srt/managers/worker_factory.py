@@ -1,0 +1,27 @@
+"""Which worker runs the model."""
+
+from __future__ import annotations
+
+from sglang.srt.managers.schedule_batch import GenerationWorker
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.model_config import ModelConfig
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.eagle_worker import EAGLEWorker
+
+
+def create_worker(server_args: ServerArgs) -> GenerationWorker:
+    """Loads the model and builds the worker that the arguments ask for."""
+    dtype = server_args.dtype
+    if dtype == "auto" and server_args.device == "cpu":
+        dtype = "float32"  # what CPUs without bfloat16 units compute fastest
+    config = ModelConfig.from_path(
+        server_args.model_path, server_args.context_length, dtype, server_args.device
+    )
+    if server_args.speculative_algorithm is None:
+        return TpModelWorker(server_args, config)
+    if not config.num_nextn_predict_layers:
+        raise ValueError(
+            f"--speculative-algorithm {server_args.speculative_algorithm} needs a model with a NextN layer; "
+            f"num_nextn_predict_layers of {server_args.model_path} is 0"
+        )
+    return EAGLEWorker(server_args, config)
