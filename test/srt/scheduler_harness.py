@@ -27,6 +27,7 @@ class Result:
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[Any] = field(default_factory=list)
     input_logprobs: list[Any] | None = None
+    output_token_sources: list[int] = field(default_factory=list)
     messages: int = 0
     last: ReqOutput | None = None
 
@@ -59,7 +60,7 @@ class Harness:
 
     def send(self, prompt: list[int], rid: str | None = None, **options: Any) -> str:
         rid = rid or f"r{len(self.results)}"
-        names = ("stream", "return_logprob", "logprob_start_len", "top_logprobs_num")
+        names = TokenizedGenerateReqInput.__struct_fields__
         own = {name: options.pop(name) for name in names if name in options}
         params = SamplingParams(**({"temperature": 0, "max_new_tokens": 8} | options))
         self.results[rid] = Result()
@@ -85,6 +86,7 @@ class Harness:
         result.messages += 1
         result.output_ids += output.output_ids
         result.output_logprobs += output.output_logprobs or []
+        result.output_token_sources += output.output_token_sources or []
         if output.input_logprobs is not None:
             assert result.input_logprobs is None, "prompt logprobs are sent once"
             result.input_logprobs = output.input_logprobs

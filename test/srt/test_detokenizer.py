@@ -90,6 +90,27 @@ def test_stop_strings_never_show(
     assert "".join(parts) == reference(tokenizer, ids, params, reason)
 
 
+@given(ids=tokens.filter(bool), cuts=cuts, stop_at_eos=st.booleans())
+def test_offsets_say_where_each_token_ends(
+    tokenizer: Any, ids: list[int], cuts: list[int], stop_at_eos: bool
+) -> None:
+    """However the tokens come: after token i lies what the tokens up to i complete."""
+    reason: dict[str, Any] = {"type": "length"}
+    if stop_at_eos:
+        ids, reason = [*ids, EOS], {"type": "stop", "matched": EOS}
+    output, text, offsets = OutputText(tokenizer, SamplingParams(), with_offsets=True), "", []
+    chunks = pieces(ids, cuts)
+    for i, piece in enumerate(chunks):
+        text += output.feed(piece, reason if i == len(chunks) - 1 else None)
+        offsets += output.take_offsets()
+    detokenizer, expected = IncrementalDetokenizer(tokenizer), []
+    for token in ids:
+        expected.append((expected or [0])[-1] + len(detokenizer.feed([token])))
+    assert len(offsets) == len(ids) and offsets[:-1] == expected[:-1]
+    assert not chunks[-1] or offsets[-1] == len(text)
+    assert OutputText(tokenizer, SamplingParams()).take_offsets() == []
+
+
 def test_stop_token_is_trimmed_and_kept(tokenizer: Any) -> None:
     reason = {"type": "stop", "matched": ord("b")}
     assert OutputText(tokenizer, SamplingParams()).feed(list(b"ab"), reason) == "a"

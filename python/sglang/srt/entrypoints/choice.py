@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ class Choice:
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprob] = field(default_factory=list)
     input_logprobs: list[TokenLogprob] = field(default_factory=list)
+    output_token_sources: list[int] = field(default_factory=list)
+    output_text_offsets: list[int] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -28,8 +30,10 @@ class Choice:
     created: float = field(default_factory=time.perf_counter)
     latency: float = 0.0  # seconds from its creation to its last output
 
-    def add(self, output: ReqOutput, text: str) -> None:
+    def add(self, output: ReqOutput, text: str, text_offsets: Sequence[int] = ()) -> None:
         self.text += text
+        self.output_text_offsets += text_offsets
+        self.output_token_sources += output.output_token_sources or []
         self.output_ids += output.output_ids
         self.output_logprobs += output.output_logprobs or []
         self.input_logprobs += output.input_logprobs or []
@@ -52,6 +56,9 @@ class Choice:
         }
         if self.spec_verify_ct:
             meta["spec_accept_length"] = self.completion_tokens / self.spec_verify_ct
+        if self.request.return_token_sources:
+            meta["output_token_sources"] = list(self.output_token_sources)
+            meta["output_text_offsets"] = list(self.output_text_offsets)
         if self.request.return_logprob:
             for side, entries in (("input", self.input_logprobs), ("output", self.output_logprobs)):
                 meta[f"{side}_token_logprobs"] = [_triple(e.logprob, e.token_id, token_text) for e in entries]

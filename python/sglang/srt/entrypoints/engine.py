@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from transformers import PreTrainedTokenizerBase
 
 from sglang.srt.entrypoints.choice import Choice
 from sglang.srt.managers.detokenizer import OutputText
@@ -52,10 +53,12 @@ class Engine:
         return_logprob: bool = False,
         logprob_start_len: int = -1,
         top_logprobs_num: int = 0,
+        return_token_sources: bool = False,
         stream: bool = False,
     ) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
         """Completes one prompt or a list of them, given as text or as token ids.
 
+        With `return_token_sources` each token's source comes along (docs/http_api.md).
         Returns `{"text", "output_ids", "meta_info"}`, or a list of these for a list of prompts. With `stream`
         an iterator over such dicts, each with all text so far, and for a list with the prompt's "index".
         Raises ValueError that names what is wrong with a request; then none of the list is generated.
@@ -77,6 +80,7 @@ class Engine:
                 return_logprob=return_logprob,
                 logprob_start_len=logprob_start_len if return_logprob else -1,
                 top_logprobs_num=top_logprobs_num if return_logprob else 0,
+                return_token_sources=return_token_sources,
             )
             for one, given in zip(prompts, params)
         ]
@@ -117,7 +121,7 @@ class Engine:
 
     def _stream(self, requests: list[TokenizedGenerateReqInput], single: bool) -> Iterator[dict[str, Any]]:
         """Runs the scheduler until the requests are finished; aborts them if the caller stops before."""
-        generations = [Generation(Choice(r), OutputText(self.tokenizer, r.sampling_params)) for r in requests]
+        generations = [Generation.start(r, self.tokenizer) for r in requests]
         self._generations |= {g.rid: g for g in generations}
         self.link.inbox.extend(requests)
         try:
@@ -154,6 +158,11 @@ class Generation:
     detokenizer: OutputText
     has_news: bool = False  # something has come since the caller was last told
 
+    @classmethod
+    def start(cls, request: TokenizedGenerateReqInput, tokenizer: PreTrainedTokenizerBase) -> Generation:
+        text = OutputText(tokenizer, request.sampling_params, request.return_token_sources)
+        return cls(Choice(request), text)
+
     @property
     def rid(self) -> str:
         return self.choice.request.rid
@@ -163,7 +172,8 @@ class Generation:
         return self.choice.finish_reason is not None
 
     def add(self, output: ReqOutput) -> None:
-        self.choice.add(output, self.detokenizer.feed(output.output_ids, output.finish_reason))
+        text = self.detokenizer.feed(output.output_ids, output.finish_reason)
+        self.choice.add(output, text, self.detokenizer.take_offsets())
         self.has_news = True
 
 

@@ -37,7 +37,7 @@ async def serve_generate(manager: TokenizerManager, body: GenerateReqInput, requ
 
     async def chunks() -> AsyncIterator[dict[str, Any]]:
         async for event in generation:
-            choices[event.index].add(event.output, event.text)
+            choices[event.index].add(event.output, event.text, event.text_offsets)
             described = choices[event.index].native(token_text)
             yield described if single else described | {"index": event.index}
 
@@ -101,6 +101,7 @@ async def _requests(manager: TokenizerManager, body: GenerateReqInput) -> list[T
                     input_ids=ids,
                     sampling_params=checked,
                     stream=body.stream,
+                    return_token_sources=body.return_token_sources,
                     **asdict(item.logprobs),
                 )
             )

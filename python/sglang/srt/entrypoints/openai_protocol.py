@@ -246,6 +246,7 @@ class GenerateReqInput(Body):
     logprob_start_len: Int32 | list[Int32] | None = None
     top_logprobs_num: Int32 | list[Int32] | None = None
     return_text_in_logprobs: bool = False
+    return_token_sources: bool = False
     stream: bool = False
     no_effect: ClassVar = {
         "image_data": (None,),

@@ -56,7 +56,7 @@ async def check_prompt(
 async def collect(generation: Generation, choices: list[Choice]) -> None:
     """Waits for all of it."""
     async for event in generation:
-        choices[event.index].add(event.output, event.text)
+        choices[event.index].add(event.output, event.text, event.text_offsets)
 
 
 async def answer(request: Request, generation: Generation, whole: Callable[[], Awaitable[Any]]) -> Response:

@@ -62,26 +62,46 @@ class OutputText:
     prefix of the final text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, with_offsets: bool = False) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer, params.skip_special_tokens)
         self._trim = not params.no_stop_trim
         self._stops = params.stop if self._trim else ()
         self._held = ""
+        self._given = 0  # characters given out
+        self._offsets: list[int] | None = [] if with_offsets else None
 
     def feed(self, ids: list[int], finish_reason: dict[str, Any] | None) -> str:
         """The text to give out now; `finish_reason` is set with the last tokens."""
         matched = finish_reason.get("matched") if finish_reason else None
-        if self._trim and isinstance(matched, int) and ids and ids[-1] == matched:
-            ids = ids[:-1]
-        self._held += self._detokenizer.feed(ids)
+        shown = ids[:-1] if self._trim and isinstance(matched, int) and ids[-1:] == [matched] else ids
+        for piece in [shown] if self._offsets is None else [[token] for token in shown]:
+            self._held += self._detokenizer.feed(piece)
+            self._mark(len(piece))
         if finish_reason is not None:
             self._held += self._detokenizer.flush()
+            self._mark(len(ids) - len(shown))
+            if self._offsets:  # half a character that nothing completes
+                self._offsets[-1] = self._given + len(self._held)
         found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
         if finish_reason is not None:
             return self._held[: min(found, default=None)]
         cut = min(found, default=len(self._held) - self._may_become_stop())
         given, self._held = self._held[:cut], self._held[cut:]
+        self._given += cut
         return given
+
+    def take_offsets(self) -> list[int]:
+        """With `with_offsets`, where each token fed since the last call ends: the characters up to there.
+
+        They count what is held back and the stop string too, so the last ones may lie beyond the text. A
+        character of several tokens belongs to the one that completes it.
+        """
+        taken, self._offsets = self._offsets, None if self._offsets is None else []
+        return taken or []
+
+    def _mark(self, tokens: int) -> None:
+        if self._offsets is not None:
+            self._offsets += [self._given + len(self._held)] * tokens
 
     def _may_become_stop(self) -> int:
         """Length of the longest end of the held text that starts a stop string."""

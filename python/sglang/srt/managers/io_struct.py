@@ -20,6 +20,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag=True, kw_only=True):
     return_logprob: bool = False
     logprob_start_len: int = -1  # -1: no prompt logprobs; i: of the prompt tokens from position i on
     top_logprobs_num: int = 0  # at most MAX_TOP_LOGPROBS
+    return_token_sources: bool = False
 
 
 class AbortReq(msgspec.Struct, tag=True):
@@ -57,6 +58,7 @@ class ReqOutput(msgspec.Struct, kw_only=True):
     spec_verify_ct: int  # verify passes so far; completion_tokens / spec_verify_ct is the accept length
     output_logprobs: list[TokenLogprob] | None = None  # one for each of output_ids
     input_logprobs: list[TokenLogprob] | None = None  # with the first output, when asked for
+    output_token_sources: list[int] | None = None  # one for each of output_ids: 0 target, i accepted draft i
 
 
 class BatchOutput(msgspec.Struct, tag=True):

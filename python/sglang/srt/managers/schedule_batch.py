@@ -27,8 +27,10 @@ class Req:
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
+    return_token_sources: bool = False
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprob] = field(default_factory=list)
+    output_token_sources: list[int] = field(default_factory=list)  # 0: the target's own; i: accepted draft i
     input_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
     req_pool_idx: int | None = None  # None: holds no device memory
@@ -51,6 +53,7 @@ class Req:
             return_logprob=message.return_logprob,
             logprob_start_len=message.logprob_start_len,
             top_logprobs_num=message.top_logprobs_num,
+            return_token_sources=message.return_token_sources,
         )
 
     @property
@@ -76,6 +79,7 @@ class Req:
             spec_verify_ct=self.spec_verify_ct,
             output_logprobs=self.output_logprobs[start:] if self.return_logprob else None,
             input_logprobs=self.input_logprobs[self.logprob_start_len :] if prompt else None,
+            output_token_sources=self.output_token_sources[start:] if self.return_token_sources else None,
         )
 
 

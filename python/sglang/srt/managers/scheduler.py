@@ -273,6 +273,8 @@ class Scheduler:
         try:
             for i, token in enumerate(tokens):
                 req.output_ids.append(token)
+                if req.return_token_sources:  # a step's last token is the target's own
+                    req.output_token_sources.append((i + 1) % len(tokens))
                 if req.return_logprob:
                     assert logprobs is not None, "the worker returned no logprobs"
                     entry = logprobs[i]  # `top` is as long as the longest that anybody asked for

@@ -50,6 +50,7 @@ class Event:
 
     index: int  # which of the generation's requests
     text: str
+    text_offsets: list[int]  # as OutputText.take_offsets says
     output: ReqOutput
 
 
@@ -87,7 +88,8 @@ class Generation:
             state, output = event
             if output.finish_reason is not None:
                 del self._states[output.rid]
-            yield Event(state.index, state.text.feed(output.output_ids, output.finish_reason), output)
+            text = state.text.feed(output.output_ids, output.finish_reason)
+            yield Event(state.index, text, state.text.take_offsets(), output)
 
     def close(self, outcome: str = "disconnect") -> None:
         for rid in self._states:
@@ -187,8 +189,10 @@ class TokenizerManager:
             raise RequestError.bad(f"rid is in use: {', '.join(taken) or requests[0].rid}", "rid")
         events: asyncio.Queue[Any] = asyncio.Queue()
         states = [
-            SequenceState(index, request, OutputText(self.tokenizer, request.sampling_params), events)
-            for index, request in enumerate(requests)
+            SequenceState(
+                index, r, OutputText(self.tokenizer, r.sampling_params, r.return_token_sources), events
+            )
+            for index, r in enumerate(requests)
         ]
         generation = Generation(self, states)
         try:
