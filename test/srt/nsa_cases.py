@@ -19,7 +19,7 @@ from sglang.srt.layers.attention.nsa.metadata import (
 )
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataMethods, MetadataSelection
-from sglang.srt.layers.attention.nsa.schedules import Planner
+from sglang.srt.layers.attention.nsa.schedules import Prepare
 
 POISON = -0x5A5A5A5B
 MODES = tuple(MetadataMode)
@@ -138,15 +138,15 @@ def graph_metadata(
     copy: str = "fused",
     batch_sizes: Sequence[int] | None = None,
     methods: MetadataMethods | None = None,
-    verify: bool = False,
-    planner: Planner | None = None,
+    check: bool = False,
+    prepare: Prepare | None = None,
 ) -> GraphMetadata:
     """A planned path over `inputs`; layout 'recompute' is the flag switched off."""
     enabled = layout != "recompute"
     selection = MetadataSelection(
-        enabled, layout if enabled else "replicate", copy, case.draft_seqlens, verify=verify
+        enabled, layout if enabled else "replicate", copy, case.draft_seqlens, check_replays=check
     )
-    graph = GraphMetadata(selection, case.shape, case.offsets, torch.device(inputs.device), methods, planner)
+    graph = GraphMetadata(selection, case.shape, case.offsets, torch.device(inputs.device), methods, prepare)
     for bs in batch_sizes or (case.max_bs,):
         graph.capture(inputs.view(bs))
     return graph
@@ -188,13 +188,9 @@ def reference_metadata(
     table: list[list[int]],
     batch: Batch,
     offset: int = 0,
-    packed: bool = False,
 ) -> dict[str, list]:
     """Precomputed field -> its live elements: a list of numbers, or of rows of their own lengths."""
     rows = reference_rows(case.mode, case.rows_per_req, batch, offset)
-    if packed:
-        keep = [i < accepted for accepted in batch.accept_lens for i in range(case.rows_per_req)]
-        rows = [row for row, kept in zip(rows, keep) if kept]
     drafts = case.rows_per_req if case.mode is MetadataMode.TARGET_VERIFY else 0
     cache_seqlens = [max(0, length + offset) + drafts for length in batch.seq_lens]
     expanded = [length for _, length in rows]
@@ -225,7 +221,7 @@ def prefix_sums(numbers: list[int]) -> list[int]:
 def assert_live_equal(expected: dict[str, list], holder: PrecomputedMetadata | NSAMetadata) -> None:
     """Every live element of every field that the mode carries."""
     for field in fields_of(holder.shape.mode):
-        if field.extent is Extent.PLAN:
+        if field.extent is Extent.FIXED:
             continue
         tensor = field.of(holder)
         if field.precomputed not in expected:

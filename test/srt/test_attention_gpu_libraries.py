@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers.attention.nsa.dims import AttentionDims
-from sglang.srt.layers.attention.nsa.fp8_kv import dequantize_kv, quantize_kv
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode, MetadataShape
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataSelection
-from sglang.srt.layers.attention.nsa.schedules import NO_PLAN, paged_mqa_logits_schedule
+from sglang.srt.layers.attention.nsa.schedules import NO_STATE, paged_mqa_logits_schedule
 from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
 from sglang.srt.layers.attention.registry import SparseAttentionOps, select_attention_ops
 from sglang.srt.layers.layernorm import RMSNorm, flashinfer_rmsnorm
 from sglang.srt.layers.sampler import keep_mask, sample
 from sglang.srt.layers.sampler_flashinfer import FlashInferKeepMask
+from sglang.srt.mem_cache.fp8_kv import dequantize_kv, quantize_kv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,7 +125,7 @@ def planned_graph(
 ) -> GraphMetadata:
     enabled = layout != "recompute"
     selection = MetadataSelection(enabled, layout if enabled else "replicate", "auto")
-    graph = GraphMetadata(selection, inputs.shape, offsets, CUDA, planner=ops.planner)
+    graph = GraphMetadata(selection, inputs.shape, offsets, CUDA, prepare=ops.prepare)
     graph.capture(inputs)
     return graph
 
@@ -139,7 +139,7 @@ def test_a_library_attends_like_the_reference(name: str, case: LengthsCase) -> N
     seq_lens = torch.tensor(case.lengths, dtype=torch.int32, device=CUDA)
     graph = planned_graph(ops, metadata_inputs(seq_lens, case.topk), "recompute", (0,))
     graph.replay(seq_lens.shape[0], -1)
-    out = ops.sparse_mla(*problem.inputs(), graph.backends[seq_lens.shape[0]][0].plan)
+    out = ops.sparse_mla(*problem.inputs(), graph.backends[seq_lens.shape[0]][0].reader)
     problem.check(out)
     dead = seq_lens == 0
     assert not out[dead].any()
@@ -161,7 +161,7 @@ def test_a_captured_graph_follows_the_lengths_of_every_backend(name: str, layout
     def steps() -> list[torch.Tensor]:
         metadata.run_in_graph(bs)
         return [
-            ops.sparse_mla(*problem.inputs(i), metadata.backends[bs][i].plan) for i in range(len(offsets))
+            ops.sparse_mla(*problem.inputs(i), metadata.backends[bs][i].reader) for i in range(len(offsets))
         ]
 
     metadata.replay(bs, -1)
@@ -199,8 +199,8 @@ def test_flashmla_serves_prefill(name: str) -> None:
     lengths = list(problem.case.lengths)
     problem.fill_slots([lengths])
     ragged = SimpleNamespace(nsa_seqlens_expanded=torch.tensor(lengths, dtype=torch.int32, device=CUDA))
-    plan = NO_PLAN if ops.planner is None else ops.planner(ragged)
-    problem.check(ops.sparse_mla(*problem.inputs(), plan))
+    reader = NO_STATE if ops.prepare is None else ops.prepare(ragged)
+    problem.check(ops.sparse_mla(*problem.inputs(), reader))
 
 
 # ---- sampling

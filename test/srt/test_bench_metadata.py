@@ -11,8 +11,8 @@ from sglang.benchmark_metadata import cases
 from sglang.benchmark_metadata.cases import BenchCase
 from sglang.benchmark_metadata.measure import count_activity
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode
+from sglang.srt.layers.attention.nsa.metadata_check import MetadataMismatchError
 from sglang.srt.layers.attention.nsa.replicate import FusedCopier
-from sglang.srt.layers.attention.nsa.verify import MetadataMismatchError
 
 REQUIRED = {
     "device", "mode", "bs", "context", "N", "page_size", "path", "copy",

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.layers.attention.nsa.dims import AttentionDims
-from sglang.srt.layers.attention.nsa.flashmla_library import FlashMLALibrary
-from sglang.srt.layers.attention.nsa.fp8_kv import BYTES, dequantize_kv, quantize_kv
 from sglang.srt.layers.attention.nsa.metadata import FIELDS, MetadataMode, MetadataShape
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataSelection
 from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
-from sglang.srt.layers.attention.nsa.sparse_mla_flashmla import FlashMLAKV
+from sglang.srt.layers.attention.sparse_mla_flashmla import FlashMLAKV
+from sglang.srt.libraries.flashmla import FlashMLALibrary
+from sglang.srt.mem_cache.fp8_kv import BYTES, dequantize_kv, quantize_kv
 from sglang.srt.mem_cache.fp8_kv_pool import FP8MLATokenToKVPool, kv_pool_class
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 from sglang.srt.server_args import ServerArgs
@@ -36,13 +36,13 @@ def dims_of(heads: int) -> AttentionDims:
 class TorchLibrary:
     """FlashMLA's decode contract in torch; counts how often the metadata is asked for."""
 
-    planned: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
 
     def decode_metadata(self, lengths, heads_per_key, key_heads, heads, is_fp8, topk):
         assert lengths.dtype == torch.int32 and heads_per_key == heads in (64, 128)
         assert (key_heads, is_fp8, topk) == (1, True, TOPK)
         rows = lengths.shape[0]
-        self.planned.append(rows)
+        self.asked.append(rows)
         return [torch.full((PARTS, 8), rows, dtype=torch.int32), torch.arange(rows + 1, dtype=torch.int32)]
 
     def decode(self, q, kv, latent, lengths, block_table, scale, causal, metadata, splits, is_fp8, indices):
@@ -110,7 +110,9 @@ def test_attention_over_the_fp8_pool(heads: int) -> None:
         topk_slots[row, :n] = torch.randperm(slots, generator=generator)[:n]
     q = torch.randn((4, heads, 576), generator=generator).bfloat16()
     metadata = decode_graph(attention, (0,), lengths).backends[4][0]
-    out = attention.sparse_mla(q[..., :512], q[..., 512:], pool.kv_buffer[1], topk_slots, 0.1, metadata.plan)
+    out = attention.sparse_mla(
+        q[..., :512], q[..., 512:], pool.kv_buffer[1], topk_slots, 0.1, metadata.reader
+    )
     exact = sparse_mla(
         q[..., :512].float(), q[..., 512:].float(), torch.cat((latent, rope), dim=1).float(), topk_slots, 0.1
     )
@@ -125,7 +127,7 @@ def decode_graph(
     bs = seq_lens.shape[0]
     shape = MetadataShape(MetadataMode.DECODE, bs, 1, width=512, page_size=64, topk=TOPK)
     graph = GraphMetadata(
-        MetadataSelection(True, layout, "torch"), shape, offsets, CPU, planner=attention.plan
+        MetadataSelection(True, layout, "torch"), shape, offsets, CPU, prepare=attention.prepare
     )
     table = torch.arange(512, dtype=torch.int32)[None]
     for n in range(bs, 0, -1):
@@ -140,19 +142,19 @@ def test_flashmla_metadata_is_made_once_for_each_batch_size(layout: str) -> None
     attention, kernels = attention_of(128)
     seq_lens = torch.ones(3, dtype=torch.int32)
     graph = decode_graph(attention, (1, 2, 3, 4, 5, 6, 7), seq_lens, layout)
-    assert sorted(kernels.planned) == [1, 2, 3]
+    assert sorted(kernels.asked) == [1, 2, 3]
     for step in range(3):
         seq_lens += 50 * step
         graph.replay(3, -1)
         graph.run_in_graph(3)
-    assert sorted(kernels.planned) == [1, 2, 3]
-    plan_fields = [f for f in FIELDS if f.backend.startswith("flashmla_metadata.")]
-    assert len(plan_fields) == 2
+    assert sorted(kernels.asked) == [1, 2, 3]
+    fixed_fields = [f for f in FIELDS if f.backend.startswith("flashmla_metadata.")]
+    assert len(fixed_fields) == 2
     for bs, backends in graph.backends.items():
-        for plan_field in plan_fields:
-            tensors = [plan_field.of(metadata) for metadata in backends]
+        for fixed_field in fixed_fields:
+            tensors = [fixed_field.of(metadata) for metadata in backends]
             assert all(tensor is tensors[0] for tensor in tensors)
-        assert plan_fields[1].of(backends[0]).shape == (bs + 1,)
+        assert fixed_fields[1].of(backends[0]).shape == (bs + 1,)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from types import ModuleType
 import pytest
 from nsa_cases import MetadataCase, StaticInputs, graph_metadata, poison_all, random_batch, replay
 from sglang.srt.layers.attention.nsa import paths
-from sglang.srt.layers.attention.nsa.generate import FusedGenerator, TorchGenerator
 from sglang.srt.layers.attention.nsa.kernels import load_kernels
+from sglang.srt.layers.attention.nsa.metadata_generators import FusedGenerator, TorchGenerator
 from sglang.srt.layers.attention.nsa.paths import TORCH_METHODS
 from sglang.srt.layers.attention.nsa.replicate import FusedCopier
 

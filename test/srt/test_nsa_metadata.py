@@ -68,20 +68,6 @@ def test_precompute_equals_loops(case_and_batch, offset, bounded):
     assert_live_equal(reference_metadata(case, inputs.table, batch, offset), computed)
 
 
-@settings(max_examples=100, deadline=None)
-@given(cases_and_batches())
-def test_packed_draft_extend_equals_loops(case_and_batch):
-    case, batch = case_and_batch
-    case = MetadataCase(**{**vars(case), "mode": MetadataMode.DRAFT_EXTEND})
-    inputs = StaticInputs(case)
-    inputs.load(batch)
-    computed = precompute_metadata(inputs.view(batch.bs), packed=True)
-    expected = reference_metadata(case, inputs.table, batch, packed=True)
-    assert computed.seqlens_expanded_size == sum(batch.accept_lens) == len(expected["seqlens_expanded"])
-    assert computed.page_indices.shape[0] == sum(batch.accept_lens)
-    assert_live_equal(expected, computed)
-
-
 def test_known_values():
     """One batch written out by hand, so that the loops are tested too."""
     case = MetadataCase(mode=MetadataMode.DRAFT_EXTEND, page_size=2, rows_per_req=3, topk=4, width=8)
@@ -137,7 +123,7 @@ def test_every_tensor_of_the_metadata_is_in_the_table():
     precomputed = {field.precomputed.split(".")[0] for field in FIELDS}
     case = MetadataCase(mode=MetadataMode.TARGET_VERIFY)
     metadata = MetadataBuffers.create(case.shape, torch.device("cpu")).view(2)
-    assert set(vars(metadata)) - {"shape", "plan"} == backend  # plans are checked in test_schedules.py
+    assert set(vars(metadata)) - {"shape", "reader"} == backend  # schedules are checked in test_schedules.py
     inputs = StaticInputs(case)
     inputs.load(Batch((3,), (1,), (1,)))
     assert set(vars(precompute_metadata(inputs.view(1)))) - {"shape"} == precomputed

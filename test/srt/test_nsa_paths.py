@@ -20,8 +20,8 @@ from nsa_cases import (
     reference_metadata,
     replay,
 )
-from sglang.srt.layers.attention.nsa.generate import TorchGenerator
 from sglang.srt.layers.attention.nsa.metadata import MetadataBuffers, MetadataMode
+from sglang.srt.layers.attention.nsa.metadata_generators import TorchGenerator
 from sglang.srt.layers.attention.nsa.paths import (
     PATHS,
     TORCH_METHODS,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from nsa_cases import DEVICES
 from sglang.benchmark_metadata.soak import BATCH_SIZES, soak
-from sglang.srt.layers.attention.nsa.generate import FusedGenerator
-from sglang.srt.layers.attention.nsa.verify import MetadataMismatchError
+from sglang.srt.layers.attention.nsa.metadata_check import MetadataMismatchError
+from sglang.srt.layers.attention.nsa.metadata_generators import FusedGenerator
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,8 +11,9 @@ import pytest
 import sglang.srt.layers.attention.nsa as core
 
 CORE = Path(core.__file__).parent
+SRT = CORE.parents[2]
 FILES = sorted(CORE.rglob("*.py"))
-LAZY = {"triton", "flashinfer", "flash_mla", "sgl_kernel"}
+LAZY = {"triton", "sgl_kernel"}
 ALLOWED = set(sys.stdlib_module_names) | {"torch"}
 # Only imported when the method that they implement is chosen, so they may import Triton at their top.
 TRITON_MODULES = {path.name for path in FILES if "triton" in path.name}
@@ -30,7 +31,9 @@ def imports(tree: ast.AST) -> list[tuple[ast.stmt, str, int]]:
 
 
 def test_the_core_is_there():
-    assert {"metadata.py", "paths.py", "replicate.py", "generate.py", "verify.py"} <= {f.name for f in FILES}
+    assert {"metadata.py", "paths.py", "replicate.py", "metadata_generators.py", "metadata_check.py"} <= {
+        f.name for f in FILES
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -55,6 +58,15 @@ def test_no_environment_and_no_print(path):
             assert node.id != "print", f"{path.name}:{node.lineno}"
         if isinstance(node, ast.Attribute):
             assert node.attr not in ("environ", "getenv"), f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("folder", ["libraries", "mem_cache", "layers"])
+def test_what_attention_builds_on_does_not_lean_on_attention(folder):
+    """Norms, sampling and the cache once found their libraries and formats in attention/nsa."""
+    for path in (SRT / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("sglang.srt.layers.attention"), path.name
 
 
 def test_it_works_under_another_name(tmp_path):

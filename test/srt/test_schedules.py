@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode, MetadataShape
+from sglang.srt.layers.attention.nsa.metadata_check import MetadataMismatchError
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataSelection
-from sglang.srt.layers.attention.nsa.schedules import paged_mqa_logits_schedule, paged_mqa_planner
-from sglang.srt.layers.attention.nsa.verify import MetadataMismatchError
+from sglang.srt.layers.attention.nsa.schedules import paged_mqa_logits_schedule, prepare_paged_mqa
 
 SEGMENT = 256
 NUM_SMS = 132
@@ -73,7 +73,7 @@ CASES = [
 ]  # fmt: skip
 
 
-def planned_graph(case: PathCase, bs: int = 3, verify: bool = False) -> tuple[GraphMetadata, MetadataInputs]:
+def planned_graph(case: PathCase, bs: int = 3) -> tuple[GraphMetadata, MetadataInputs]:
     shape = MetadataShape(case.mode, bs, case.rows_per_req, width=2048, page_size=64, topk=128)
     inputs = MetadataInputs(
         shape=shape,
@@ -85,9 +85,9 @@ def planned_graph(case: PathCase, bs: int = 3, verify: bool = False) -> tuple[Gr
         ),
     )
     enabled = case.layout != "recompute"
-    selection = MetadataSelection(enabled, case.layout if enabled else "replicate", "torch", verify=verify)
+    selection = MetadataSelection(enabled, case.layout if enabled else "replicate", "torch")
     graph = GraphMetadata(
-        selection, shape, case.offsets, torch.device("cpu"), planner=paged_mqa_planner(NUM_SMS)
+        selection, shape, case.offsets, torch.device("cpu"), prepare=prepare_paged_mqa(NUM_SMS)
     )
     graph.capture(inputs)
     return graph, inputs
@@ -101,7 +101,7 @@ def replay(graph: GraphMetadata, bs: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_backend_gets_a_fresh_schedule_at_every_replay(case: PathCase) -> None:
     graph, inputs = planned_graph(case)
-    targets = [metadata.plan.schedules[0].target for metadata in graph.backends[3]]
+    targets = [metadata.reader.schedules[0].target for metadata in graph.backends[3]]
     for lens in ([255, 700, 1], [256, 5, 1500], [1, 1, 1]):
         inputs.seq_lens.copy_(torch.tensor(lens))
         for target in targets:
@@ -109,7 +109,7 @@ def test_every_backend_gets_a_fresh_schedule_at_every_replay(case: PathCase) -> 
         replay(graph, 3)
         for metadata, target in zip(graph.backends[3], targets):
             rows = [[n] for n in metadata.nsa_seqlens_expanded.tolist()]
-            assert metadata.plan.schedules[0].target is target  # graphs read fixed addresses
+            assert metadata.reader.schedules[0].target is target  # graphs read fixed addresses
             assert target.tolist() == reference_schedule(rows, NUM_SMS)
     assert len(targets) == len(case.offsets)
 
@@ -121,13 +121,13 @@ def test_the_checker_names_a_stale_schedule_in_any_backend(case: PathCase) -> No
     replay(graph, 3)
     graph.check(3)
     for index, metadata in enumerate(graph.backends[3]):
-        target = metadata.plan.schedules[0].target
+        target = metadata.reader.schedules[0].target
         target[2, 1] += 1
         with pytest.raises(MetadataMismatchError) as raised:
             graph.check(3)
         difference = raised.value.difference
         assert difference.field == "paged_mqa_schedule_metadata"
-        aliased = [m.plan.schedules[0].target is target for m in graph.backends[3]]
+        aliased = [m.reader.schedules[0].target is target for m in graph.backends[3]]
         assert difference.backend == aliased.index(True) <= index
         assert (difference.row, difference.column) == (2, 1)
         assert difference.found == difference.expected + 1
@@ -137,18 +137,18 @@ def test_the_checker_names_a_stale_schedule_in_any_backend(case: PathCase) -> No
 
 def test_backends_of_equal_lengths_share_a_schedule_where_they_share_buffers() -> None:
     graph, _ = planned_graph(PathCase("shared", COMMITTED))
-    assert len({m.plan.schedules[0].target.data_ptr() for m in graph.backends[3]}) == 1
+    assert len({m.reader.schedules[0].target.data_ptr() for m in graph.backends[3]}) == 1
     graph, _ = planned_graph(PathCase("replicate", COMMITTED))
-    assert len({m.plan.schedules[0].target.data_ptr() for m in graph.backends[3]}) == len(COMMITTED)
+    assert len({m.reader.schedules[0].target.data_ptr() for m in graph.backends[3]}) == len(COMMITTED)
 
 
 def test_schedules_outlive_a_fallback() -> None:
     """Replanning in torch keeps the tensors that graphs read, and goes on refreshing them."""
     graph, inputs = planned_graph(PathCase("replicate", STEP))
-    before = [m.plan.schedules[0].target.data_ptr() for m in graph.backends[3]]
+    before = [m.reader.schedules[0].target.data_ptr() for m in graph.backends[3]]
     graph.selection = replace(graph.selection, copy="auto")
     graph._fall_back(RuntimeError("a test"))
     inputs.seq_lens.fill_(800)
     replay(graph, 3)
     graph.check(3)
-    assert [m.plan.schedules[0].target.data_ptr() for m in graph.backends[3]] == before
+    assert [m.reader.schedules[0].target.data_ptr() for m in graph.backends[3]] == before

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.layers.attention.nsa.generate import FusedGenerator, TorchGenerator
 from sglang.srt.layers.attention.nsa.kernels import load_kernels
 from sglang.srt.layers.attention.nsa.metadata import poison_
+from sglang.srt.layers.attention.nsa.metadata_generators import FusedGenerator, TorchGenerator
 from sglang.srt.layers.attention.nsa.paths import PATHS, GraphMetadata, MetadataMethods, MetadataSelection
 from sglang.srt.layers.attention.nsa.replicate import COPIERS, FusedCopier, Region
 

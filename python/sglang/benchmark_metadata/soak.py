@@ -153,7 +153,7 @@ def selections(device: torch.device) -> Iterator[MetadataSelection]:
     """Every path with both rules, by the fused kernels."""
     for path, rule in product(PATHS, ("step", "committed")):
         if path != "recompute":
-            yield MetadataSelection(True, path, "fused", rule, verify=True)
+            yield MetadataSelection(True, path, "fused", rule, check_replays=True)
 
 
 def soak(count: int, device: torch.device, seed: int = 0, progress: bool = False) -> SoakReport:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sglang.srt.layers.attention.nsa.flashinfer_library import load_flashinfer
+from sglang.srt.libraries.flashinfer import load_flashinfer
 
 logger = logging.getLogger(__name__)
 

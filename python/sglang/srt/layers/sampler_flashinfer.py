@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from sglang.srt.layers.attention.nsa.flashinfer_library import load_flashinfer
 from sglang.srt.layers.sampler import keep_mask
+from sglang.srt.libraries.flashinfer import load_flashinfer
 
 logger = logging.getLogger(__name__)
 

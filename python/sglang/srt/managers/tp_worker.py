@@ -172,7 +172,7 @@ class TpModelWorker:
             layout=args.nsa_metadata_layout,
             copy=args.nsa_metadata_copy,
             draft_seqlens=args.nsa_draft_seqlens,
-            verify=envs.SGLANG_NSA_VERIFY_METADATA.get(),
+            check_replays=envs.SGLANG_NSA_VERIFY_METADATA.get(),
         )
         dims = AttentionDims.of(self.config)
         return NSAConfig(
@@ -358,5 +358,5 @@ def metadata_state(
         "replays": sum(g.replays for g in graphs),
         "fallbacks": sum(g.fallbacks for g in graphs),
         "fallback_reason": reasons[0] if reasons else None,
-        "verify": selection.verify,
+        "verify": selection.check_replays,
     }

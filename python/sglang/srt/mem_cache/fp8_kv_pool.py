@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from sglang.srt.layers.attention.nsa.fp8_kv import BYTES, LATENT, ROPE, quantize_kv
-from sglang.srt.layers.attention.nsa.sparse_mla_flashmla import FP8_BLOCK
+from sglang.srt.mem_cache.fp8_kv import BYTES, LATENT, PAGE, ROPE, quantize_kv
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 from sglang.srt.server_args import ServerArgs
 
 
 class FP8MLATokenToKVPool(MLATokenToKVPool):
-    """`kv_buffer` holds 656 bytes a slot (`nsa/fp8_kv.py`)."""
+    """`kv_buffer` holds 656 bytes a slot (`fp8_kv.py`)."""
 
     @staticmethod
     def kv_format(kv_lora_rank: int, qk_rope_head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
@@ -38,6 +37,6 @@ def kv_pool_class(args: ServerArgs) -> type[MLATokenToKVPool]:
             "flashmla_kv reads a cache in FP8, so it must be both --nsa-prefill-backend and "
             f"--nsa-decode-backend, got {args.nsa_prefill_backend} and {args.nsa_decode_backend}"
         )
-    if args.page_size % FP8_BLOCK:
-        raise ValueError(f"flashmla_kv needs --page-size a multiple of {FP8_BLOCK}, got {args.page_size}")
+    if args.page_size % PAGE:
+        raise ValueError(f"flashmla_kv needs --page-size a multiple of {PAGE}, got {args.page_size}")
     return FP8MLATokenToKVPool

@@ -6,7 +6,11 @@ of a captured graph read and write there.
 
 from __future__ import annotations
 
+import logging
+
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 class ReqToTokenPool:
@@ -71,6 +75,9 @@ class MLATokenToKVPool:
         self.index_k_buffer = [
             torch.zeros((slots, index_head_dim), dtype=dtype, device=device) for _ in range(layer_num)
         ]
+        logger.info(
+            "KV cache: %d tokens, %d layer(s), %.1f MiB", self.size, layer_num, self.memory_bytes() / 2**20
+        )
 
     @staticmethod
     def kv_format(kv_lora_rank: int, qk_rope_head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
@@ -90,4 +97,5 @@ class MLATokenToKVPool:
         self.index_k_buffer[layer_id].index_copy_(0, loc, k_index)
 
     def memory_bytes(self) -> int:
+        """Of all layers, the padding's page included."""
         return sum(b.numel() * b.element_size() for b in self.kv_buffer + self.index_k_buffer)

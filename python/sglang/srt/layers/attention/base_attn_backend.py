@@ -41,8 +41,3 @@ class AttentionBackend(ABC):
     @abstractmethod
     def forward(self, layer_id: int, inputs: MLAInputs, forward_batch: ForwardBatch) -> torch.Tensor:
         """Writes the layer's keys, selects the top-k and attends. Returns [T, H, kv_lora_rank]."""
-
-    @staticmethod
-    def get_cuda_graph_seq_len_fill_value() -> int:
-        """The length of a padded row: it reads slot 0, which is reserved."""
-        return 1

@@ -16,7 +16,7 @@ from sglang.srt.layers.attention.nsa.metadata import (
 )
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs, precompute_metadata
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataSelection
-from sglang.srt.layers.attention.nsa.schedules import NO_PLAN, KernelPlan
+from sglang.srt.layers.attention.nsa.schedules import NO_STATE, ReaderState
 from sglang.srt.layers.attention.registry import SparseAttentionOps
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
@@ -50,7 +50,7 @@ class RaggedMetadata:
     page_table_1: torch.Tensor  # [bs, max_len], int32
     nsa_seqlens_expanded: torch.Tensor  # [T], int32: keys visible to each row
     table_rows: torch.Tensor  # [T], int64: which page table a row reads
-    plan: KernelPlan = NO_PLAN
+    reader: ReaderState = NO_STATE
 
 
 class _GraphHooks:
@@ -70,7 +70,7 @@ class _GraphHooks:
             shape,
             offsets,
             self.config.device,
-            planner=self.config.decode_ops.planner,
+            prepare=self.config.decode_ops.prepare,
         )
 
     def init_forward_metadata_capture_cuda_graph(self, inputs: MetadataInputs) -> None:
@@ -89,8 +89,8 @@ class _GraphHooks:
         self.graph_metadata.run_in_graph(bs)
 
     def check_after_replay(self, bs: int) -> None:
-        """Metadata that the graph itself generates can only be verified once the graph has run."""
-        if self.config.selection.verify and self.graph_metadata.path.in_graph:
+        """Metadata that the graph itself generates can only be checked once the graph has run."""
+        if self.config.selection.check_replays and self.graph_metadata.path.in_graph:
             self.graph_metadata.check(bs)
 
 
@@ -135,7 +135,7 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
             pool.kv_buffer[layer_id],
             slots,
             inputs.softmax_scale,
-            metadata.plan,
+            metadata.reader,
         )
 
 
@@ -159,7 +159,7 @@ class NativeSparseAttnMultiStepBackend(_GraphHooks):
 
 def _eager_metadata(config: NSAConfig, inputs: MetadataInputs, seqlens_offset: int = 0) -> NSAMetadata:
     metadata = as_backend_metadata(precompute_metadata(inputs, seqlens_offset=seqlens_offset))
-    return metadata.planned(config.decode_ops.planner)
+    return metadata.prepared(config.decode_ops.prepare)
 
 
 def metadata_inputs(config: NSAConfig, forward_batch: ForwardBatch) -> MetadataInputs:
@@ -188,8 +188,8 @@ def _ragged_metadata(config: NSAConfig, forward_batch: ForwardBatch) -> RaggedMe
             torch.arange(len(rows), device=device), rows, output_size=forward_batch.input_ids.shape[0]
         ),
     )
-    planner = config.prefill_ops.planner
-    return metadata if planner is None else replace(metadata, plan=planner(metadata))
+    prepare = config.prefill_ops.prepare
+    return metadata if prepare is None else replace(metadata, reader=prepare(metadata))
 
 
 def _live_width(lengths: torch.Tensor, page_table: torch.Tensor) -> int:

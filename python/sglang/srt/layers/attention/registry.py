@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang.srt.layers.attention.nsa.dims import AttentionDims
-from sglang.srt.layers.attention.nsa.schedules import NO_PLAN, KernelPlan, Planner
+from sglang.srt.layers.attention.nsa.schedules import NO_STATE, Prepare, ReaderState
 
 logger = logging.getLogger(__name__)
 
@@ -18,24 +18,24 @@ logger = logging.getLogger(__name__)
 class SparseAttentionOps:
     """The two halves of sparse MLA attention; signatures in `nsa/indexer.py` and `nsa/sparse_mla.py`.
 
-    `sparse_mla` takes one more argument, the plan that `planner` made for the batch size (None: it needs
-    none). Slots come with those that count first in each row, then -1.
+    `sparse_mla` takes one more argument, the state that `prepare` made for the batch size (None: it
+    needs none). Slots come with those that count first in each row, then -1.
     """
 
     name: str
     select_topk: Callable[..., torch.Tensor]
     sparse_mla: Callable[..., torch.Tensor]
-    planner: Planner | None = None
+    prepare: Prepare | None = None
 
 
-def _without_plan(sparse_mla: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _without_state(sparse_mla: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def attend(
         q_nope: torch.Tensor,
         q_rope: torch.Tensor,
         kv_buffer: torch.Tensor,
         topk_slots: torch.Tensor,
         softmax_scale: float,
-        plan: KernelPlan = NO_PLAN,
+        reader: ReaderState = NO_STATE,
     ) -> torch.Tensor:
         return sparse_mla(q_nope, q_rope, kv_buffer, topk_slots, softmax_scale)
 
@@ -46,41 +46,41 @@ def _torch_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttent
     from sglang.srt.layers.attention.nsa.indexer import select_topk
     from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
 
-    return SparseAttentionOps("torch", select_topk, _without_plan(sparse_mla))
+    return SparseAttentionOps("torch", select_topk, _without_state(sparse_mla))
 
 
 def _triton_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
     from sglang.srt.layers.attention.nsa.sparse_mla_triton import sparse_mla
 
-    return SparseAttentionOps("triton", select_topk, _without_plan(sparse_mla))
+    return SparseAttentionOps("triton", select_topk, _without_state(sparse_mla))
 
 
 def _flashinfer_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
-    from sglang.srt.layers.attention.nsa.sparse_mla_flashinfer import FlashInferSparseMLA
+    from sglang.srt.layers.attention.sparse_mla_flashinfer import FlashInferSparseMLA
 
     attention = FlashInferSparseMLA(dims, device)
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
 
-    return SparseAttentionOps("flashinfer", select_topk, attention.sparse_mla, attention.plan)
+    return SparseAttentionOps("flashinfer", select_topk, attention.sparse_mla, attention.prepare)
 
 
 def _flashmla_sparse_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
-    from sglang.srt.layers.attention.nsa.sparse_mla_flashmla import FlashMLASparse
+    from sglang.srt.layers.attention.sparse_mla_flashmla import FlashMLASparse
 
     attention = FlashMLASparse(dims)
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
 
-    return SparseAttentionOps("flashmla_sparse", select_topk, _without_plan(attention.sparse_mla))
+    return SparseAttentionOps("flashmla_sparse", select_topk, _without_state(attention.sparse_mla))
 
 
 def _flashmla_kv_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
-    from sglang.srt.layers.attention.nsa.sparse_mla_flashmla import FlashMLAKV
+    from sglang.srt.layers.attention.sparse_mla_flashmla import FlashMLAKV
 
     attention = FlashMLAKV(dims, device)
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
 
-    return SparseAttentionOps("flashmla_kv", select_topk, attention.sparse_mla, attention.plan)
+    return SparseAttentionOps("flashmla_kv", select_topk, attention.sparse_mla, attention.prepare)
 
 
 @dataclass(frozen=True)

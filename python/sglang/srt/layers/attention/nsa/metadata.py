@@ -1,6 +1,6 @@
 """The metadata of NSA attention: what it holds, and the one table that describes it.
 
-Everything that allocates, copies, generates, verifies or benchmarks metadata walks `FIELDS`.
+Everything that allocates, copies, generates, checks or benchmarks metadata walks `FIELDS`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from operator import attrgetter
 
 import torch
 
-from .schedules import NO_PLAN, KernelPlan, Planner
+from .schedules import NO_STATE, Prepare, ReaderState
 
 
 class MetadataMode(IntEnum):
@@ -32,7 +32,7 @@ class Extent(Enum):
     ROWS_PREFIX = "[E + 1]"
     TABLE = "[E, len]"
     PAGED_TABLE = "[E, ceil(len / page_size)]"
-    PLAN = "as it is"  # fixed at capture: does not depend on lengths
+    FIXED = "as it is"  # fixed at capture: does not depend on lengths
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ FIELDS: tuple[MetadataField, ...] = (
     MetadataField("nsa_cache_seqlens", "nsa_cache_seqlens_int32", Extent.ROWS),
     MetadataField("nsa_cu_seqlens_k", "nsa_cu_seqlens_k", Extent.ROWS_PREFIX),
     MetadataField("real_page_table", "real_page_table", Extent.PAGED_TABLE),
-    MetadataField("flashmla_metadata.flashmla_metadata", "flashmla_metadata.flashmla_metadata", Extent.PLAN),
-    MetadataField("flashmla_metadata.num_splits", "flashmla_metadata.num_splits", Extent.PLAN),
+    MetadataField("flashmla_metadata.flashmla_metadata", "flashmla_metadata.flashmla_metadata", Extent.FIXED),
+    MetadataField("flashmla_metadata.num_splits", "flashmla_metadata.num_splits", Extent.FIXED),
 )
 
 
@@ -123,14 +123,6 @@ class PrecomputedMetadata:
     real_page_table: torch.Tensor | None  # [E, ceil(max_len / page_size)]; None where page_size is 1
     flashmla_metadata: NSAFlashMLAMetadata | None = None
 
-    @property
-    def seqlens_expanded_size(self) -> int:
-        return self.seqlens_expanded.shape[0]
-
-    @property
-    def max_len(self) -> int:
-        return self.page_indices.shape[1]
-
 
 @dataclass(frozen=True)
 class NSAMetadata:
@@ -145,17 +137,17 @@ class NSAMetadata:
     nsa_cu_seqlens_k: torch.Tensor  # [E + 1]
     real_page_table: torch.Tensor | None  # [E, paged_width]; None where page_size is 1
     flashmla_metadata: NSAFlashMLAMetadata | None = None
-    plan: KernelPlan = NO_PLAN
+    reader: ReaderState = NO_STATE
 
-    def planned(self, planner: Planner | None) -> NSAMetadata:
-        """The same tensors with the plan of the kernels that read them."""
-        if planner is None:
+    def prepared(self, prepare: Prepare | None) -> NSAMetadata:
+        """The same tensors with what their reader needs beside them."""
+        if prepare is None:
             return self
-        plan = planner(self)
-        return replace(self, flashmla_metadata=plan.flashmla_metadata, plan=plan)
+        reader = prepare(self)
+        return replace(self, flashmla_metadata=reader.flashmla_metadata, reader=reader)
 
     def refresh_schedules(self) -> None:
-        for schedule in self.plan.schedules:
+        for schedule in self.reader.schedules:
             schedule.refresh(self)
 
 
@@ -223,13 +215,13 @@ class MetadataBuffers:
 
 def as_precomputed(metadata: NSAMetadata) -> PrecomputedMetadata:
     """The same tensors under their precomputed names: a staging set is a backend's set nobody reads."""
-    values = {field.precomputed: field.of(metadata) for field in FIELDS if field.extent is not Extent.PLAN}
+    values = {field.precomputed: field.of(metadata) for field in FIELDS if field.extent is not Extent.FIXED}
     return PrecomputedMetadata(metadata.shape, flashmla_metadata=metadata.flashmla_metadata, **values)
 
 
 def as_backend_metadata(computed: PrecomputedMetadata) -> NSAMetadata:
     """The same tensors under a backend's names: what an eager pass reads."""
-    values = {field.backend: field.of(computed) for field in FIELDS if field.extent is not Extent.PLAN}
+    values = {field.backend: field.of(computed) for field in FIELDS if field.extent is not Extent.FIXED}
     return NSAMetadata(computed.shape, flashmla_metadata=computed.flashmla_metadata, **values)
 
 
@@ -237,5 +229,5 @@ def poison_(metadata: NSAMetadata, value: int) -> None:
     """Fills every element of every field with `value`: what no replay writes shows."""
     for field in FIELDS:
         tensor = field.of(metadata)
-        if tensor is not None and field.extent is not Extent.PLAN:
+        if tensor is not None and field.extent is not Extent.FIXED:
             tensor.fill_(value)

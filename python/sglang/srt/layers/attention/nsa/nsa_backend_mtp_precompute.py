@@ -1,4 +1,7 @@
-"""Computes the metadata of one step once, in plain torch: the reference that every faster path equals.
+"""The reference: the metadata of one step, in every mode, computed once in plain torch.
+
+The name is that of SGLang's module for the draft steps; here it serves DECODE, TARGET_VERIFY and
+DRAFT_EXTEND, with and without drafts. Every generator leaves the same bits, every check compares with it.
 
 Where `max_len` is not given nothing is read back from the device, at the price of full-width tables.
 """
@@ -24,13 +27,12 @@ class MetadataInputs:
 
 
 def precompute_metadata(
-    inputs: MetadataInputs, *, seqlens_offset: int = 0, max_len: int | None = None, packed: bool = False
+    inputs: MetadataInputs, *, seqlens_offset: int = 0, max_len: int | None = None
 ) -> PrecomputedMetadata:
     """The metadata of `inputs`, whose every sequence length counts `seqlens_offset` more.
 
     `max_len` bounds every row's length and is the width of the tables (default: shape.width). In
-    DRAFT_EXTEND a request has a fixed number of rows, those past its accepted tokens with length 0;
-    `packed` gives it as many rows as it accepted tokens, which reads the total back from the device.
+    DRAFT_EXTEND a request has a fixed number of rows, those past its accepted tokens with length 0.
     """
     shape = inputs.shape
     width = shape.width if max_len is None else min(max_len, shape.width)
@@ -44,7 +46,8 @@ def precompute_metadata(
         tokens = _request_tokens(inputs, width).repeat_interleave(shape.rows_per_req, dim=0)
     else:
         cache_seqlens = seq_lens
-        lengths, tokens = _draft_extend_rows(inputs, seq_lens, width, packed)
+        lengths = _draft_extend_lengths(inputs, seq_lens)
+        tokens = _request_tokens(inputs, width).repeat_interleave(shape.rows_per_req, dim=0)
 
     nsa_cache_seqlens = lengths.clamp(max=shape.topk)
     return PrecomputedMetadata(
@@ -67,22 +70,14 @@ def _request_tokens(inputs: MetadataInputs, width: int) -> torch.Tensor:  # [bs,
     return inputs.req_to_token[:, :width].index_select(0, inputs.req_pool_indices)
 
 
-def _draft_extend_rows(
-    inputs: MetadataInputs, seq_lens: torch.Tensor, width: int, packed: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row lengths [E] and tables [E, width]: kv_len - accepted + 1 .. kv_len for each request."""
+def _draft_extend_lengths(inputs: MetadataInputs, seq_lens: torch.Tensor) -> torch.Tensor:  # [E], int32
+    """kv_len - accepted + 1 .. kv_len for each request, then 0 for its other rows."""
     if inputs.accept_lens is None:
         raise ValueError("DRAFT_EXTEND needs accept_lens, got None")
-    rows_per_req = inputs.shape.rows_per_req
-    accepted = inputs.accept_lens.clamp(0, rows_per_req)[:, None]  # [bs, 1]
+    accepted = inputs.accept_lens.clamp(0, inputs.shape.rows_per_req)[:, None]  # [bs, 1]
     steps = _steps(inputs)
-    live = steps < accepted  # [bs, rows_per_req]
     # A padded request has length 1 whatever it is said to have accepted: lengths clamp at 0.
-    lengths = (seq_lens[:, None] - accepted + 1 + steps).clamp(min=0) * live
-    tokens = _request_tokens(inputs, width)
-    if not packed:
-        return lengths.flatten(), tokens.repeat_interleave(rows_per_req, dim=0)
-    return lengths[live], tokens.repeat_interleave(accepted.flatten(), dim=0)
+    return ((seq_lens[:, None] - accepted + 1 + steps).clamp(min=0) * (steps < accepted)).flatten()
 
 
 def _prefix_sum(lengths: torch.Tensor) -> torch.Tensor:  # [n] -> [n + 1], int32, from 0

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .generate import Destination, FusedGenerator, Generator, TorchGenerator
 from .kernels import load_kernels
 from .metadata import MetadataBuffers, MetadataShape, NSAFlashMLAMetadata, NSAMetadata, as_precomputed
+from .metadata_generators import Destination, FusedGenerator, Generator, TorchGenerator
 from .nsa_backend_mtp_precompute import MetadataInputs
 from .replicate import COPIERS, Copier, plan_regions
-from .schedules import Planner
+from .schedules import Prepare
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class MetadataSelection:
     layout: str = "replicate"  # replicate | shared | in_graph
     copy: str = "auto"  # auto, or a key of COPIERS
     draft_seqlens: str = "step"  # step: draft step i counts i + 1 more than committed; or committed
-    verify: bool = False  # SGLANG_NSA_VERIFY_METADATA
+    check_replays: bool = False  # SGLANG_NSA_VERIFY_METADATA
 
     @property
     def path(self) -> str:
@@ -131,7 +131,7 @@ def _one_table_owner(sets: Sequence[NSAMetadata], offsets: Sequence[int]) -> lis
 
 def _schedule_stages(sets: Sequence[NSAMetadata]) -> list[Stage]:
     """Refreshes what depends on lengths beside the fields: of every backend, once where backends alias."""
-    scheduled = {id(metadata): metadata for metadata in sets if metadata.plan.schedules}
+    scheduled = {id(metadata): metadata for metadata in sets if metadata.reader.schedules}
 
     def refresh(max_len: int) -> None:
         for metadata in scheduled.values():
@@ -160,12 +160,12 @@ class GraphMetadata:
         offsets: Sequence[int],
         device: torch.device,
         methods: MetadataMethods | None = None,
-        planner: Planner | None = None,
+        prepare: Prepare | None = None,
     ) -> None:
-        """`methods` replaces those that the selection stands for: what a benchmark compares. `planner`
-        plans the kernels that read the metadata, once for each batch size and set of lengths."""
+        """`methods` replaces those that the selection stands for: what a benchmark compares. `prepare`
+        makes what the metadata's reader needs beside it, once for each batch size and set of lengths."""
         self.selection = selection
-        self.planner = planner
+        self.prepare = prepare
         self.device = device
         self.width = max_shape.width
         self.path = PATHS[selection.path]
@@ -189,14 +189,14 @@ class GraphMetadata:
         self.inputs: dict[int, MetadataInputs] = {}
         self.backends: dict[int, list[NSAMetadata]] = {}
         self._stages: dict[int, list[Stage]] = {}
-        self._fixed: dict[int, list[NSAFlashMLAMetadata | None]] = {}  # what plans held at capture
+        self._fixed: dict[int, list[NSAFlashMLAMetadata | None]] = {}  # what readers held at capture
 
     def capture(self, inputs: MetadataInputs) -> list[NSAMetadata]:
         """Plans a batch size over the graph's static inputs; returns the metadata of each backend."""
         bs = inputs.shape.bs
         self.inputs[bs] = inputs
-        planned = {id(buffers): buffers.view(bs).planned(self.planner) for buffers in self.buffers}
-        self.backends[bs] = [planned[id(buffers)] for buffers in self.buffers]
+        prepared = {id(buffers): buffers.view(bs).prepared(self.prepare) for buffers in self.buffers}
+        self.backends[bs] = [prepared[id(buffers)] for buffers in self.buffers]
         flashmla = [metadata.flashmla_metadata for metadata in self.backends[bs]]
         self._fixed[bs] = [None if fixed is None else fixed.clone() for fixed in flashmla]
         self._or_fall_back(self._plan, bs)
@@ -214,7 +214,7 @@ class GraphMetadata:
         except RuntimeError as error:
             self._fall_back(error)
             self._run_stages(bs, max_len)
-        if self.selection.verify:
+        if self.selection.check_replays:
             self.check(bs)
 
     def run_in_graph(self, bs: int) -> None:
@@ -224,7 +224,7 @@ class GraphMetadata:
 
     def check(self, bs: int) -> None:
         """Raises MetadataMismatchError where the backends differ from the torch reference."""
-        from .verify import check_metadata
+        from .metadata_check import check_metadata
 
         check_metadata(self.inputs[bs], list(zip(self.backends[bs], self.offsets)), self._fixed[bs])
 

@@ -1,6 +1,6 @@
-"""What kernels of libraries read beside the metadata: fixed plans, and schedules that follow the lengths.
+"""What readers of the metadata, kernels of libraries, need beside it: fixed state, and schedules.
 
-A plan is made once for each captured batch size. Its schedules depend on the lengths of the rows, so they are
+The state is made once for each captured batch size. Its schedules follow the lengths of the rows, so they are
 refreshed at every replay, for every backend: a stale one gives wrong output or hangs its reader.
 """
 
@@ -43,18 +43,18 @@ class LengthSchedule:
 
 
 @dataclass(frozen=True)
-class KernelPlan:
-    """What the kernels of one backend and batch size are called with, beside the fields."""
+class ReaderState:
+    """What the reader of one backend and batch size is called with, beside the fields."""
 
     flashmla_metadata: NSAFlashMLAMetadata | None = None
-    state: Any = None  # what a library planned; it does not depend on lengths
+    library: Any = None  # what the library keeps; it does not depend on lengths
     schedules: tuple[LengthSchedule, ...] = ()
 
 
-NO_PLAN = KernelPlan()
+NO_STATE = ReaderState()
 
-# Makes the plan of one backend for one batch size. Called outside of captures; may read on the host.
-Planner = Callable[["NSAMetadata"], KernelPlan]
+# Makes the state of one backend for one batch size. Called outside of captures; may read on the host.
+Prepare = Callable[["NSAMetadata"], ReaderState]
 
 
 def paged_mqa_logits_schedule(
@@ -86,15 +86,15 @@ def paged_mqa_logits_schedule(
     return torch.stack((request * atoms + offset // size, offset % size), dim=1).to(torch.int32)
 
 
-def paged_mqa_planner(num_sms: int) -> Planner:
-    """Plans DeepGEMM's schedule over the visible keys of every row, each row a request of its own."""
+def prepare_paged_mqa(num_sms: int) -> Prepare:
+    """DeepGEMM's schedule over the visible keys of every row, each row a request of its own."""
 
-    def plan(metadata: NSAMetadata) -> KernelPlan:
+    def prepare(metadata: NSAMetadata) -> ReaderState:
         schedule = LengthSchedule.create(
             "paged_mqa_schedule_metadata",
             metadata,
             lambda of: paged_mqa_logits_schedule(of.nsa_seqlens_expanded, num_sms),
         )
-        return KernelPlan(schedules=(schedule,))
+        return ReaderState(schedules=(schedule,))
 
-    return plan
+    return prepare

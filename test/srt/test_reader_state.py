@@ -1,6 +1,6 @@
-"""A kernel that needs a plan gets that of its own rows in every pass of a running worker, graphs or not.
+"""A reader that needs a state gets that of its own rows in every pass of a running worker, graphs or not.
 
-What libraries rely on is asserted in each call: the plan's lengths count a row's slots, which come first.
+What libraries rely on is asserted in each call: the schedule's lengths count a row's slots, which come first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.environ import envs
-from sglang.srt.layers.attention.nsa.schedules import KernelPlan, LengthSchedule
+from sglang.srt.layers.attention.nsa.schedules import LengthSchedule, ReaderState
 from sglang.srt.layers.attention.registry import IMPLEMENTATIONS, SparseAttentionOps
 from worker_driver import generate, make_worker, speculative
 
@@ -28,25 +28,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass
-class PlannedOps:
-    """The torch implementation behind a plan that it checks at every call."""
+class CheckedOps:
+    """The torch implementation behind a reader's state that it checks at every call."""
 
     ops: SparseAttentionOps
     topk: int
-    plans: list[int] = field(default_factory=list)  # rows of each plan that was made
+    prepared: list[int] = field(default_factory=list)  # rows of each state that was made
     calls: int = 0
 
-    def plan(self, metadata: Any) -> KernelPlan:
-        self.plans.append(metadata.nsa_seqlens_expanded.shape[0])
+    def prepare(self, metadata: Any) -> ReaderState:
+        self.prepared.append(metadata.nsa_seqlens_expanded.shape[0])
         schedule = LengthSchedule.create(
             "lengths", metadata, lambda of: of.nsa_seqlens_expanded.clamp(max=self.topk)
         )
-        return KernelPlan(state=self.plans[-1], schedules=(schedule,))
+        return ReaderState(library=self.prepared[-1], schedules=(schedule,))
 
-    def sparse_mla(self, q_nope, q_rope, kv_buffer, topk_slots, softmax_scale, plan):
+    def sparse_mla(self, q_nope, q_rope, kv_buffer, topk_slots, softmax_scale, reader):
         self.calls += 1
-        lengths = plan.schedules[0].target
-        assert plan.state == topk_slots.shape[0] == lengths.shape[0]
+        lengths = reader.schedules[0].target
+        assert reader.library == topk_slots.shape[0] == lengths.shape[0]
         assert torch.equal(topk_slots >= 0, torch.arange(topk_slots.shape[1]) < lengths[:, None])
         return self.ops.sparse_mla(q_nope, q_rope, kv_buffer, topk_slots, softmax_scale)
 
@@ -76,15 +76,15 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_plans_are_those_of_the_rows_in_every_pass(
+def test_states_are_those_of_the_rows_in_every_pass(
     case: Case, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned: list[PlannedOps] = []
+    built: list[CheckedOps] = []
 
     def build(dims, device):
-        planned.append(PlannedOps(IMPLEMENTATIONS["torch_unplanned"].build(dims, device), dims.index_topk))
-        ops = planned[-1]
-        return replace(ops.ops, sparse_mla=ops.sparse_mla, planner=ops.plan)
+        built.append(CheckedOps(IMPLEMENTATIONS["torch_alone"].build(dims, device), dims.index_topk))
+        ops = built[-1]
+        return replace(ops.ops, sparse_mla=ops.sparse_mla, prepare=ops.prepare)
 
     speculation = {} if case.steps is None else speculative(case.steps)
     with (
@@ -92,15 +92,15 @@ def test_plans_are_those_of_the_rows_in_every_pass(
         envs.SGLANG_NSA_VERIFY_METADATA.override(True),
     ):
         expected = generate(make_worker(model, **speculation, **case.args), PROMPTS, NEW_TOKENS)
-        monkeypatch.setitem(IMPLEMENTATIONS, "torch_unplanned", IMPLEMENTATIONS["torch"])
+        monkeypatch.setitem(IMPLEMENTATIONS, "torch_alone", IMPLEMENTATIONS["torch"])
         monkeypatch.setitem(IMPLEMENTATIONS, "torch", replace(IMPLEMENTATIONS["torch"], build=build))
         worker = make_worker(model, **speculation, **case.args)
-        prefill, decode = planned
-        before = len(decode.plans)
+        prefill, decode = built
+        before = len(decode.prepared)
         assert generate(worker, PROMPTS, NEW_TOKENS) == expected
     assert prefill.calls and decode.calls
-    assert prefill.plans[0] == sum(map(len, PROMPTS))
+    assert prefill.prepared[0] == sum(map(len, PROMPTS))
     if case.args.get("disable_cuda_graph"):
-        assert before == 0 and len(decode.plans) > NEW_TOKENS / 6
+        assert before == 0 and len(decode.prepared) > NEW_TOKENS / 6
     else:
-        assert len(decode.plans) == before > 0  # made at capture; replays only refresh
+        assert len(decode.prepared) == before > 0  # made at capture; replays only refresh

@@ -12,6 +12,7 @@ LATENT, ROPE, TILE = 512, 64, 128
 TILES = LATENT // TILE
 SCALES_END = LATENT + 4 * TILES
 BYTES = SCALES_END + 2 * ROPE
+PAGE = 64  # slots; what FlashMLA takes for one block
 FP8_MAX = 448.0
 
 

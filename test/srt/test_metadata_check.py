@@ -25,9 +25,9 @@ from sglang.srt.layers.attention.nsa.metadata import (
     NSAMetadata,
     fields_of,
 )
+from sglang.srt.layers.attention.nsa.metadata_check import MetadataMismatchError, check_metadata
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata
-from sglang.srt.layers.attention.nsa.schedules import KernelPlan
-from sglang.srt.layers.attention.nsa.verify import MetadataMismatchError, check_metadata
+from sglang.srt.layers.attention.nsa.schedules import ReaderState
 
 
 def live_elements(
@@ -41,12 +41,12 @@ def live_elements(
     return [(row, column) for row in (live[0], live[-1]) for column in {0, -(-lengths[row] // per) - 1}]
 
 
-def flashmla_plan(metadata: NSAMetadata) -> KernelPlan:
+def flashmla_state(metadata: NSAMetadata) -> ReaderState:
     """Tensors of FlashMLA's shapes: what a library planned at capture and nobody may change."""
     like = metadata.cache_seqlens_int32
     parts = torch.arange(16, dtype=like.dtype, device=like.device).view(2, 8)
     splits = torch.arange(metadata.shape.rows + 1, dtype=like.dtype, device=like.device)
-    return KernelPlan(NSAFlashMLAMetadata(parts, splits))
+    return ReaderState(NSAFlashMLAMetadata(parts, splits))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -55,7 +55,7 @@ def flashmla_plan(metadata: NSAMetadata) -> KernelPlan:
 def test_each_field_of_each_backend(mode, rule, device):
     case = MetadataCase(mode, max_bs=5, backends=3, draft_seqlens=rule)
     inputs = StaticInputs(case, device)
-    graph = graph_metadata(case, inputs, "replicate", planner=flashmla_plan)
+    graph = graph_metadata(case, inputs, "replicate", prepare=flashmla_state)
     batch = random_batch(case, case.max_bs, random.Random(7))
     inputs.load(batch)
     poison_all(graph)
@@ -107,7 +107,7 @@ def test_replay_verifies_itself_when_told_to(layout):
     """A path that leaves stale metadata: the replay itself raises, before anything reads it."""
     case = MetadataCase()
     inputs = StaticInputs(case)
-    graph = graph_metadata(case, inputs, layout, verify=True)
+    graph = graph_metadata(case, inputs, layout, check=True)
     first, second = (random_batch(case, case.max_bs, random.Random(seed)) for seed in (1, 2))
     inputs.load(first)
     replay(graph, case.max_bs, inputs.max_len(first))
@@ -131,7 +131,7 @@ def test_mismatch_does_not_count_as_a_kernel_failure():
     """With 'auto', a wrong result must be raised, not hidden by a fallback to torch."""
     case = MetadataCase()
     inputs = StaticInputs(case)
-    graph = graph_metadata(case, inputs, copy="auto", verify=True)
+    graph = graph_metadata(case, inputs, copy="auto", check=True)
     batch = random_batch(case, case.max_bs, random.Random(1))
     inputs.load(batch)
     graph._stages[case.max_bs] = []

@@ -66,7 +66,7 @@ def stale_schedule(
 ) -> MetadataDifference | None:
     """The first element of a kernel's schedule that is not what the reference's lengths ask for."""
     of = as_backend_metadata(reference)
-    for schedule in metadata.plan.schedules:
+    for schedule in metadata.reader.schedules:
         expected = schedule.compute(of)
         wrong = expected != schedule.target
         if wrong.any():

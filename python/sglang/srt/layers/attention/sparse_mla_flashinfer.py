@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .dims import AttentionDims
-from .flashinfer_library import load_flashinfer
-from .metadata import NSAMetadata
-from .schedules import NO_PLAN, KernelPlan, LengthSchedule
+from sglang.srt.layers.attention.nsa.dims import AttentionDims
+from sglang.srt.layers.attention.nsa.metadata import NSAMetadata
+from sglang.srt.layers.attention.nsa.schedules import NO_STATE, LengthSchedule, ReaderState
+from sglang.srt.libraries.flashinfer import load_flashinfer
 
 LATENT, ROPE = 512, 64  # the dimensions that FlashInfer's MLA is made for
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends, for the partial results of split rows
@@ -44,8 +44,8 @@ class WorkBounds:
 
 
 @dataclass(frozen=True)
-class RowsPlan:
-    """The kernel for a number of rows, planned once and used by every backend in turn."""
+class FlashInferPlan:
+    """FlashInfer's plan for a number of rows, made once and used by every backend in turn."""
 
     run: Callable[..., torch.Tensor]  # (q_nope, q_rope, latents, rope keys) -> [rows, H, 512]
     kv_indices: torch.Tensor  # [rows * topk], int32: the slots, read by the kernel
@@ -71,15 +71,15 @@ class FlashInferSparseMLA:
         except (RuntimeError, OSError) as error:
             raise ImportError(f"flashinfer's MLA kernel cannot be built or planned: {error}") from error
 
-    def plan(self, metadata: NSAMetadata) -> KernelPlan:
+    def prepare(self, metadata: NSAMetadata) -> ReaderState:
         """FlashInfer's plan for the number of rows, and the bounds that follow the lengths."""
         if metadata.shape.rows == 0:
-            return KernelPlan()
+            return ReaderState()
         rows_plan = self.rows_plan(metadata.shape.rows)
         schedule = LengthSchedule.create(
             "flashinfer_kv_bounds", metadata, lambda of: rows_plan.bounds.cut(of.nsa_cache_seqlens_int32)
         )
-        return KernelPlan(state=rows_plan, schedules=(schedule,))
+        return ReaderState(library=rows_plan, schedules=(schedule,))
 
     def sparse_mla(
         self,
@@ -88,15 +88,15 @@ class FlashInferSparseMLA:
         kv_buffer: torch.Tensor,  # [slots, 576]
         topk_slots: torch.Tensor,  # [T, topk], int32: as many as the metadata says, then -1
         softmax_scale: float,
-        plan: KernelPlan = NO_PLAN,
+        reader: ReaderState = NO_STATE,
     ) -> torch.Tensor:
         """As `sparse_mla.sparse_mla`: mixed latents [T, H, 512]; zeros for a row without any slot."""
         if q_nope.shape[0] == 0:
             return torch.zeros_like(q_nope)
-        rows_plan: RowsPlan = plan.state
+        rows_plan: FlashInferPlan = reader.library
         assert softmax_scale == self.dims.softmax_scale  # it is part of the plan
         rows_plan.kv_indices.copy_(topk_slots.view(-1))
-        rows_plan.kv_bounds.copy_(plan.schedules[0].target)
+        rows_plan.kv_bounds.copy_(reader.schedules[0].target)
         out = rows_plan.run(
             q_nope.contiguous(),
             q_rope.contiguous(),
@@ -105,7 +105,7 @@ class FlashInferSparseMLA:
         )
         return out.masked_fill_((topk_slots[:, 0] < 0)[:, None, None], 0.0)
 
-    def _plan_rows(self, rows: int) -> RowsPlan:
+    def _plan_rows(self, rows: int) -> FlashInferPlan:
         def ints(n: int) -> torch.Tensor:
             return torch.zeros(n, dtype=torch.int32, device=self.device)
 
@@ -138,7 +138,7 @@ class FlashInferSparseMLA:
         bounds, kv_bounds = read_plan(
             [int(n) for n in wrapper._plan_info], wrapper._int_workspace_buffer, rows, self.topk
         )
-        return RowsPlan(wrapper.run, wrapper._kv_indices_buf, kv_bounds, bounds)
+        return FlashInferPlan(wrapper.run, wrapper._kv_indices_buf, kv_bounds, bounds)
 
 
 def read_plan(

@@ -7,17 +7,17 @@ import logging
 
 import torch
 
-from .dims import AttentionDims
-from .flashmla_library import HEAD_COUNTS, FlashMLALibrary, load_flashmla
-from .metadata import NSAFlashMLAMetadata, NSAMetadata
-from .schedules import NO_PLAN, KernelPlan
+from sglang.srt.layers.attention.nsa.dims import AttentionDims
+from sglang.srt.layers.attention.nsa.metadata import NSAFlashMLAMetadata, NSAMetadata
+from sglang.srt.layers.attention.nsa.schedules import NO_STATE, ReaderState
+from sglang.srt.libraries.flashmla import HEAD_COUNTS, FlashMLALibrary, load_flashmla
+from sglang.srt.mem_cache.fp8_kv import PAGE
 
 logger = logging.getLogger(__name__)
 
 LATENT, ROPE = 512, 64  # the only dimensions that FlashMLA is compiled for
 TOPK_MULTIPLE = 128  # two blocks of 64 slots at a time
-FP8_BLOCK = 64  # slots in a page of the FP8 cache
-PLANS_KEPT = 64  # of eager passes; a captured graph keeps its own
+STATES_KEPT = 64  # of eager passes; a captured graph keeps its own
 
 
 def padded_heads(dims: AttentionDims) -> int:
@@ -79,7 +79,7 @@ class FlashMLASparse:
 
 
 class FlashMLAKV:
-    """`sparse_mla` over FlashMLA's decode kernel and a cache in FP8 (`fp8_kv.py`), for prefill and decode.
+    """`sparse_mla` over FlashMLA's decode kernel and a cache in FP8, for prefill and decode.
 
     Raises as FlashMLASparse does.
     """
@@ -92,18 +92,18 @@ class FlashMLAKV:
         self.library = library or load_flashmla()
         if self.library.decode is None:
             raise ImportError(f"{self.library.source} has no decode kernel with the arguments of sgl-kernel")
-        self.rows_plan = functools.lru_cache(maxsize=PLANS_KEPT)(self._plan_rows)
+        self.rows_state = functools.lru_cache(maxsize=STATES_KEPT)(self._rows_state)
         logger.info("FlashMLA from %s", self.library.source)
 
-    def plan(self, metadata: NSAMetadata) -> KernelPlan:
-        """Every row counts as topk keys, so the plan depends on the number of rows alone."""
+    def prepare(self, metadata: NSAMetadata) -> ReaderState:
+        """Every row counts as topk keys, so the schedule depends on the number of rows alone."""
         rows = metadata.nsa_seqlens_expanded.shape[0]
-        return self.rows_plan(rows) if rows else NO_PLAN
+        return self.rows_state(rows) if rows else NO_STATE
 
-    def _plan_rows(self, rows: int) -> KernelPlan:
+    def _rows_state(self, rows: int) -> ReaderState:
         lengths = torch.full((rows,), self.topk, dtype=torch.int32, device=self.device)
         schedule = self.library.decode_metadata(lengths, self.heads, 1, self.heads, True, self.topk)
-        return KernelPlan(NSAFlashMLAMetadata(*schedule), state=lengths)
+        return ReaderState(NSAFlashMLAMetadata(*schedule), library=lengths)
 
     def sparse_mla(
         self,
@@ -112,7 +112,7 @@ class FlashMLAKV:
         kv_buffer: torch.Tensor,  # [slots, 656], uint8: `fp8_kv.py`; slots is a multiple of 64
         topk_slots: torch.Tensor,  # [T, topk], int32: those that count first, then -1
         softmax_scale: float,
-        plan: KernelPlan = NO_PLAN,
+        reader: ReaderState = NO_STATE,
     ) -> torch.Tensor:
         """As `sparse_mla.sparse_mla`: mixed latents [T, H, 512]; zeros for a row without any slot."""
         rows, heads, _ = q_nope.shape
@@ -120,14 +120,14 @@ class FlashMLAKV:
             return torch.zeros_like(q_nope)
         out = self.library.decode(
             padded_query(q_nope, q_rope, self.heads)[:, None],
-            kv_buffer.view(torch.float8_e4m3fn).view(-1, FP8_BLOCK, 1, kv_buffer.shape[1]),
+            kv_buffer.view(torch.float8_e4m3fn).view(-1, PAGE, 1, kv_buffer.shape[1]),
             LATENT,
-            plan.state,
+            reader.library,
             topk_slots.new_empty((rows, 0)),  # no block table: the slots say it all
             softmax_scale,
             False,  # causal
-            plan.flashmla_metadata.flashmla_metadata,
-            plan.flashmla_metadata.num_splits,
+            reader.flashmla_metadata.flashmla_metadata,
+            reader.flashmla_metadata.num_splits,
             True,  # FP8
             topk_slots[:, None],
         )[0]
