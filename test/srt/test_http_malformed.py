@@ -112,7 +112,7 @@ CASES = [
     Bad(COMPLETIONS, {"logprobs": 21}, "logprobs"),
     Bad(CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     Bad(CHAT, {"top_logprobs": 3}, "top_logprobs"),
-    Bad(CHAT, {"max_tokens": 4, "max_completion_tokens": 4}, "max_completion_tokens"),
+    Bad(CHAT, {"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
     Bad(COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
     Bad(GENERATE, sampling(max_new_tokens=-1), "max_new_tokens"),
     Bad(GENERATE, sampling(temperature=NAN), "temperature"),

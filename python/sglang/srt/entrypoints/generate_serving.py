@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from sglang.srt.entrypoints.choice import Choice
-from sglang.srt.entrypoints.openai_protocol import GenerateReqInput, GenerateSamplingParams
+from sglang.srt.entrypoints.generate_protocol import GenerateReqInput, GenerateSamplingParams
 from sglang.srt.entrypoints.serving import (
     EventStream,
     LogprobOptions,
@@ -72,7 +72,7 @@ def _items(body: GenerateReqInput, param: str) -> list[Item]:
     rids = _per_prompt(body.rid, count, "rid")
     if isinstance(body.rid, str) and count > 1:
         rids = [f"{body.rid}_{i}" for i in range(count)]
-    flags = _per_prompt(body.return_logprob, count, "return_logprob")
+    flags = _per_prompt(body.return_logprob or False, count, "return_logprob")
     start = -1 if body.logprob_start_len is None else body.logprob_start_len
     starts = _per_prompt(start, count, "logprob_start_len")
     tops = _per_prompt(body.top_logprobs_num or 0, count, "top_logprobs_num")
@@ -100,8 +100,8 @@ async def _requests(manager: TokenizerManager, body: GenerateReqInput) -> list[T
                     rid=rid,
                     input_ids=ids,
                     sampling_params=checked,
-                    stream=body.stream,
-                    return_token_sources=body.return_token_sources,
+                    stream=bool(body.stream),
+                    return_token_sources=bool(body.return_token_sources),
                     **asdict(item.logprobs),
                 )
             )

@@ -23,16 +23,11 @@ from starlette.exceptions import HTTPException
 from transformers import AutoTokenizer
 
 import sglang
+from sglang.srt.entrypoints.generate_protocol import AbortRequest, GenerateReqInput
 from sglang.srt.entrypoints.generate_serving import serve_generate
-from sglang.srt.entrypoints.openai_protocol import (
-    AbortRequest,
-    B,
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerateReqInput,
-    parse_body,
-)
+from sglang.srt.entrypoints.openai_protocol import ChatCompletionRequest, CompletionRequest
 from sglang.srt.entrypoints.openai_serving import ChatServing, CompletionServing
+from sglang.srt.entrypoints.request_body import B, parse_body
 from sglang.srt.entrypoints.scheduler_process import SchedulerProcess
 from sglang.srt.environ import envs
 from sglang.srt.errors import RequestError

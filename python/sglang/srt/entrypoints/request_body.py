@@ -1,0 +1,117 @@
+"""Bodies of the HTTP requests: how they are parsed, and what is said about one that is wrong.
+
+A parameter that this server does not implement is an error, unless its value asks for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from sglang.srt.entrypoints.no_effect import Values, asks_for_nothing
+from sglang.srt.errors import RequestError
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_STOP_CHARS = 512
+
+B = TypeVar("B", bound="Body")
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Stop = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+
+
+class Body(BaseModel):
+    """A JSON object with known members only; types are strict and numbers finite."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
+    no_effect: ClassVar[dict[str, Values]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_parameters_without_effect(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name in data.keys() & cls.no_effect.keys():
+            if not asks_for_nothing(data[name], cls.no_effect[name]):
+                message = "{param}={value} is not supported by this server"
+                raise PydanticCustomError(
+                    "unsupported", message, {"param": name, "value": _shown(data[name])}
+                )
+        return {name: value for name, value in data.items() if name not in cls.no_effect}
+
+
+def parse_body(kind: type[B], body: bytes) -> B:
+    """Raises RequestError (400) that names the parameter."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _request_error(error) from error
+
+
+def _request_error(error: ValidationError) -> RequestError:
+    details = error.errors(include_url=False)
+    first = details[0]
+    if first["type"] == "json_invalid":
+        return RequestError.bad(f"the body is not valid JSON: {first['ctx']['error']}")
+    param = first.get("ctx", {}).get("param") or _path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return RequestError.bad(f"unknown parameter {param}: it is not supported by this server", param)
+    if first["type"] == "unsupported":
+        return RequestError.bad(first["msg"], param)
+    # A union reports each of its members.
+    same = dict.fromkeys(d["msg"] for d in details if d["loc"][:1] == first["loc"][:1])
+    value = _shown(first["input"])
+    return RequestError.bad(f"{param or 'body'}: {', or '.join(same)}; got {value}", param or None)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """("messages", 0, "content", "str") -> messages.0.content: without the names of a union's members."""
+    types = ("str", "int", "float", "bool")
+    names = [
+        p for p in loc if isinstance(p, int) or not (p in types or "[" in p or p.startswith("constrained-"))
+    ]
+    return ".".join(map(str, names))
+
+
+class SamplingBody(Body):
+    """How to sample: the same members in all requests. None stands for the default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: Stops | None = None
+    seed: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    top_k: Int32 | None = None
+    min_p: float | None = None
+    stop_token_ids: list[Int32] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+
+    def sampling_params(self, max_new_tokens: int | None, choice: int) -> SamplingParams:
+        """Of the choice-th of n: with a seed, each choice has a seed of its own."""
+        names = (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "ignore_eos",
+            "skip_special_tokens",
+            "no_stop_trim",
+        )
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        given["stop"] = None if stop is None else tuple(stop)
+        given["stop_token_ids"] = None if self.stop_token_ids is None else tuple(self.stop_token_ids)
+        given["seed"] = None if self.seed is None else self.seed + choice
+        given["max_new_tokens"] = max_new_tokens
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
