@@ -20,7 +20,6 @@ class ForwardMode(IntEnum):
     DECODE = auto()  # one row a request
     TARGET_VERIFY = auto()  # D = speculative_num_draft_tokens rows a request
     DRAFT_EXTEND = auto()  # D rows a request, of which the first `accept_lens[i]` count
-    IDLE = auto()  # no rows
 
     def is_extend(self) -> bool:
         return self is ForwardMode.EXTEND

@@ -47,6 +47,7 @@ class StepInputs:
     accept_lens: torch.Tensor  # [bs], int32: how many of next_tokens are accepted, 1 .. D
     extend_seq_lens: torch.Tensor  # [bs], int32: committed lengths after this step
     hidden_states: torch.Tensor  # [bs, D, hidden]: of the target's D rows
+    is_static: bool = False  # what graphs were captured over
 
     @classmethod
     def create(
@@ -70,7 +71,9 @@ class StepInputs:
         return self.req_pool_indices.shape[0]
 
     def view(self, bs: int) -> StepInputs:
-        return StepInputs(**{name: tensor[:bs] for name, tensor in vars(self).items()})
+        """The first bs requests of static inputs."""
+        tensors = {name: value[:bs] for name, value in vars(self).items() if name != "is_static"}
+        return StepInputs(**tensors, is_static=True)
 
     def set_batch(self, req_pool_indices: torch.Tensor, pool: ReqToTokenPool) -> None:
         """Loads a batch of up to bs requests; the rest is padding."""

@@ -79,5 +79,6 @@ class StepFunction(Generic[Outputs]):
         self.backend.check_after_replay(bs)
         return outputs
 
-    def eager(self, step: StepInputs) -> Outputs:
-        return self.body(step, True)
+    def run(self, step: StepInputs, max_len: int) -> Outputs:
+        """Over the static inputs from the graph, over others eagerly."""
+        return self.replay(step.bs, max_len) if step.is_static else self.body(step, True)

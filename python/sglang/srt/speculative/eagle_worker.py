@@ -16,14 +16,19 @@ from sglang.srt.layers.attention.nsa.metadata import MetadataMode
 from sglang.srt.layers.attention.nsa_backend import NativeSparseAttnMultiStepBackend
 from sglang.srt.layers.logprobs import token_logprobs
 from sglang.srt.managers.schedule_batch import Req, StepOutput
-from sglang.srt.managers.tp_worker import TpModelWorker, metadata_state
+from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.graph_runner import StepInputs
+from sglang.srt.model_executor.metadata_report import metadata_state
 from sglang.srt.model_executor.model_runner import ExtendBatch
 from sglang.srt.model_executor.step_function import StepFunction, StepMetadata
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.eagle_info import count_accepted
+
+# The drafts are captured, so of the requests that will be there nothing is known. Filters are the target's.
+DRAFT_SAMPLING = SamplingBatchInfo(all_greedy=False, needs_filter=False)
 
 
 class EAGLEWorker(TpModelWorker):
@@ -39,24 +44,20 @@ class EAGLEWorker(TpModelWorker):
     @torch.inference_mode()
     def decode(self, reqs: list[Req]) -> StepOutput:
         """Draft, verify and draft-extend, all launched before anything is read back."""
-        step, captured = self._load_step(reqs)
-        max_len = self._max_len(reqs)
-        step.draft_tokens.copy_(self._run(self.draft_step, step, captured, max_len))
-        logits, hidden_states = self._run(self.verify_step, step, captured, max_len)
+        step, max_len = self._load_step(reqs), self._max_len(reqs)
+        step.draft_tokens.copy_(self.draft_step.run(step, max_len))
+        logits, hidden_states = self.verify_step.run(step, max_len)
         step.hidden_states.copy_(hidden_states)
         self._accept(step, logits)
-        self._run(self.extend_step, step, captured, max_len)
+        self.extend_step.run(step, max_len)
         return self._decode_output(len(reqs), step, logits)
 
     def internal_state(self) -> dict[str, Any]:
-        graphs = [f.backend.graph_metadata for f in (self.draft_step, self.verify_step, self.extend_step)]
         accept_length = self.accepted_tokens / self.verified_requests if self.verified_requests else None
         return {
             "avg_spec_accept_length": accept_length,
             "nsa_metadata": metadata_state(
-                self.nsa_config.selection,
-                [g for g in graphs if g is not None],
-                len(self.draft_backend.attn_backends),
+                self.nsa_config.selection, self.step_functions, len(self.draft_backend.attn_backends)
             ),
         }
 
@@ -152,9 +153,9 @@ class EAGLEWorker(TpModelWorker):
         self, hidden_states: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
         """Draft tokens [bs] for `positions` [bs], with the noise that the target will sample them with: a
-        sampled request's drafts then agree more often. Filters are left to the target."""
+        sampled request's drafts then agree more often."""
         logits = self.nextn.model.compute_logits(hidden_states)
-        return self._sample(logits, positions[:, None], indices, all_greedy=False, needs_filter=False)[:, 0]
+        return self.sampler(logits, positions[:, None], indices, DRAFT_SAMPLING)[:, 0]
 
     def _keep_draft(
         self, hidden_states: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor
@@ -168,7 +169,7 @@ class EAGLEWorker(TpModelWorker):
     def _accept(self, step: StepInputs, logits: torch.Tensor) -> None:
         """Samples the target's tokens, counts the right drafts and advances the requests."""
         positions = self._draft_positions(step) + 1
-        step.next_tokens.copy_(self._sample(logits, positions, step.req_pool_indices, **self.batch.promises))
+        step.next_tokens.copy_(self.sampler(logits, positions, step.req_pool_indices, self.batch.sampling))
         real = step.req_pool_indices > 0
         step.accept_lens.copy_(count_accepted(step.draft_tokens, step.next_tokens) * real)
         torch.add(step.seq_lens, step.accept_lens, out=step.extend_seq_lens)

@@ -1,0 +1,38 @@
+"""Samples the rows of requests whose parameters lie in the request pool."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang.srt.layers.sampler import sample
+from sglang.srt.layers.sampler_flashinfer import select_keep_mask
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+
+
+class RequestSampler:
+    """`backend` filters (`select_keep_mask`); raises where it is not available."""
+
+    def __init__(self, pool: ReqToTokenPool, backend: str, device: torch.device) -> None:
+        self.pool = pool
+        self.keep_mask = select_keep_mask(backend, device)
+
+    def __call__(
+        self,
+        logits: torch.Tensor,  # [bs * rows, vocab], float32
+        positions: torch.Tensor,  # [bs, rows], int64: of the tokens to sample
+        req_pool_indices: torch.Tensor,  # [bs]
+        info: SamplingBatchInfo,
+    ) -> torch.Tensor:  # [bs, rows], int64
+        if info.all_greedy:
+            return logits.argmax(dim=-1).view(positions.shape)
+        requests = req_pool_indices.long()[:, None].expand(positions.shape).reshape(-1)
+        params = self.pool.sampling_params(requests)
+        tokens = sample(
+            logits, positions.reshape(-1), *params, needs_filter=info.needs_filter, keep=self.keep_mask
+        )
+        return tokens.view(positions.shape)

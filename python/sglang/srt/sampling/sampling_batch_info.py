@@ -1,0 +1,23 @@
+"""What the host knows of a batch's sampling parameters, so that the device does no work in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class SamplingBatchInfo:
+    """Promises about all requests of a batch; the parameters themselves lie in the request pool."""
+
+    all_greedy: bool
+    needs_filter: bool  # some request has top_p, top_k or min_p set
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> SamplingBatchInfo:
+        return cls(
+            all_greedy=all(p.temperature == 0 for p in params),
+            needs_filter=any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params),
+        )
