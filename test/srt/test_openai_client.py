@@ -57,7 +57,7 @@ def test_choices_logprobs_and_stop(api: openai.OpenAI) -> None:
 
 def test_errors_are_the_clients_errors(api: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="gpt-17"):
-        api.completions.create(model="gpt-17", prompt="x")
+        api.models.retrieve("gpt-17")
     with pytest.raises(openai.BadRequestError, match="temperature") as bad:
         api.chat.completions.create(model="dummy", messages=MESSAGES, temperature=-1)
     assert bad.value.param == "temperature" and bad.value.type == "invalid_request_error"

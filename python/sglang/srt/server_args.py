@@ -234,6 +234,16 @@ class ServerArgs:
             values["api_key"] = "***"
         return values
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What the model is called over HTTP: the name it is served under, its path, its folder's name."""
+        names = (
+            self.served_model_name or self.model_path,
+            self.model_path,
+            Path(self.model_path).resolve().name,
+        )
+        return tuple(dict.fromkeys(names))
+
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
 

@@ -119,10 +119,9 @@ async def models(request: Request) -> dict[str, Any]:
 
 @guarded_routes.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> dict[str, Any]:
-    card = _model_card(request)
-    if name != card["id"]:
+    if name not in request.app.state.args.model_names:
         raise RequestError(404, f"model {name!r} does not exist", "model", "model_not_found")
-    return card
+    return _model_card(request)
 
 
 def _model_card(request: Request) -> dict[str, Any]:
@@ -183,14 +182,14 @@ async def generate(request: Request) -> Response:
 async def completions(request: Request) -> Response:
     body = await _parse(CompletionRequest, request)
     state = request.app.state
-    return await CompletionServing(state.manager, state.args.served_model_name, body).serve(request)
+    return await CompletionServing(state.manager, state.args.model_names, body).serve(request)
 
 
 @guarded_routes.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
     body = await _parse(ChatCompletionRequest, request)
     state = request.app.state
-    return await ChatServing(state.manager, state.args.served_model_name, body).serve(request)
+    return await ChatServing(state.manager, state.args.model_names, body).serve(request)
 
 
 # -- life -----------------------------------------------------------------------------------------------

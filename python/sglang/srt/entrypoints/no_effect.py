@@ -99,7 +99,7 @@ OPENAI: dict[str, Values] = (
     }
 )
 
-COMPLETION: dict[str, Values] = OPENAI | {"suffix": (), "echo": (), "best_of": (1,)}
+COMPLETION: dict[str, Values] = OPENAI | {"suffix": ()}
 
 CHAT: dict[str, Values] = OPENAI | {
     "tools": (),

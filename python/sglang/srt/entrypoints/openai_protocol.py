@@ -11,9 +11,12 @@ from sglang.srt.entrypoints import no_effect
 from sglang.srt.entrypoints.request_body import Body, Int32, SamplingBody
 from sglang.srt.sampling.token_logprob import MAX_TOP_LOGPROBS
 
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+
 
 class StreamOptions(Body):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     no_effect: ClassVar = no_effect.STREAM_OPTIONS
 
 
@@ -21,7 +24,6 @@ class OpenAIRequest(SamplingBody):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Int32 | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> OpenAIRequest:
@@ -32,7 +34,13 @@ class OpenAIRequest(SamplingBody):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        """One more chunk at the end with the figures of the whole request."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """In every chunk the figures of its choice so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
 class CompletionRequest(OpenAIRequest):
@@ -40,7 +48,18 @@ class CompletionRequest(OpenAIRequest):
 
     prompt: str | list[str] | list[Int32] | list[list[Int32]]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = None
+    best_of: Positive | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     no_effect: ClassVar = no_effect.COMPLETION
+
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n or 1):
+            message = "{param}={best_of} with n={n}: all choices are returned, so {param} must be n"
+            values = {"param": "best_of", "best_of": self.best_of, "n": self.n or 1}
+            raise PydanticCustomError("unsupported", message, values)
+        return self
 
 
 class TextPart(Body):
@@ -65,7 +84,8 @@ class ChatCompletionRequest(OpenAIRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Int32 | None = None
+    max_completion_tokens: Positive | None = None
+    max_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     no_effect: ClassVar = no_effect.CHAT

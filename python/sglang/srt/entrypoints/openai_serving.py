@@ -41,11 +41,14 @@ class OpenAIServing(ABC, Generic[R]):
     chunk_object: str
     names: dict[str, str]  # SamplingParams' names -> the client's
 
-    def __init__(self, manager: TokenizerManager, model_name: str, body: R) -> None:
-        if body.model not in (None, model_name):
-            message = f"model {body.model!r} does not exist; this server has {model_name!r}"
-            raise RequestError(404, message, "model", "model_not_found")
-        self.manager, self.body, self.model_name = manager, body, model_name
+    def __init__(self, manager: TokenizerManager, model_names: Sequence[str], body: R) -> None:
+        """`model_names` are the names of the one model that is served. As in SGLang, it answers to any other
+        name too; the answer says which model gave it. Raises RequestError (400) where the name asks for an
+        adapter."""
+        asked = body.model or model_names[0]
+        if asked not in model_names and asked.startswith(tuple(f"{name}:" for name in model_names)):
+            raise RequestError.bad(f"model {asked[:200]!r} asks for an adapter: there are none", "model")
+        self.manager, self.body, self.model_name = manager, body, model_names[0]
         self.id = f"{self.id_prefix}-{manager.new_rid()}"
         self.created = int(time.time())
         self.choices: list[Choice] = []
@@ -62,7 +65,7 @@ class OpenAIServing(ABC, Generic[R]):
             await collect(generation, self.choices)
             return self._envelope(
                 self.object, [self.whole_choice(i, c) for i, c in enumerate(self.choices)]
-            ) | {"usage": self._usage()}
+            ) | {"usage": self._usage(self.prompts, self.choices)}
 
         return await answer(request, generation, whole)
 
@@ -105,34 +108,38 @@ class OpenAIServing(ABC, Generic[R]):
             if delta is not None:
                 yield self._chunk([delta])
         if self.body.include_usage:
-            yield self._chunk([]) | {"usage": self._usage()}
+            yield self._envelope(self.chunk_object, []) | {"usage": self._usage(self.prompts, self.choices)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = self._envelope(self.chunk_object, choices)
+        if self.body.continuous_usage:
+            mine = [self.choices[choice["index"]] for choice in choices]
+            return chunk | {"usage": self._usage([c.request.input_ids for c in mine], mine)}
         return chunk | {"usage": None} if self.body.include_usage else chunk
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model_name}
         return head | {"choices": choices}
 
-    def _usage(self) -> dict[str, Any]:
-        prompt = sum(len(ids) for ids in self.prompts)
-        completion = sum(c.completion_tokens for c in self.choices)
+    @staticmethod
+    def _usage(prompts: list[list[int]], choices: list[Choice]) -> dict[str, Any]:
+        prompt = sum(len(ids) for ids in prompts)
+        completion = sum(c.completion_tokens for c in choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in self.choices)},
+            "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in choices)},
         }
 
     default_max_tokens: int | None = None  # None: as many as there is room for
     add_special_tokens = True
 
-    def max_tokens(self) -> int | None:
-        return self.body.max_tokens
-
     def first_chunks(self) -> list[dict[str, Any]]:
         return []
+
+    @abstractmethod
+    def max_tokens(self) -> int | None: ...
 
     @abstractmethod
     def prompt_inputs(self) -> Sequence[str | list[int]]: ...
@@ -154,9 +161,14 @@ class CompletionServing(OpenAIServing[CompletionRequest]):
     names = {"input_ids": "prompt", "max_new_tokens": "max_tokens"}  # noqa: RUF012
     default_max_tokens = DEFAULT_COMPLETION_TOKENS
 
-    def __init__(self, manager: TokenizerManager, model_name: str, body: CompletionRequest) -> None:
-        super().__init__(manager, model_name, body)
+    def __init__(
+        self, manager: TokenizerManager, model_names: Sequence[str], body: CompletionRequest
+    ) -> None:
+        super().__init__(manager, model_names, body)
         self._offsets: dict[int, int] = {}  # of each streamed choice's next token, in characters
+
+    def max_tokens(self) -> int | None:
+        return self.body.max_tokens
 
     def prompt_inputs(self) -> Sequence[str | list[int]]:
         prompt = self.body.prompt
@@ -166,21 +178,35 @@ class CompletionServing(OpenAIServing[CompletionRequest]):
         return prompt if several else [prompt]
 
     def logprob_options(self) -> LogprobOptions:
-        return LogprobOptions(self.body.logprobs is not None, -1, self.body.logprobs or 0)
+        wanted = self.body.logprobs is not None
+        return LogprobOptions(wanted, 0 if wanted and self.body.echo else -1, self.body.logprobs or 0)
 
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        logprobs = self._logprobs(choice.output_logprobs, 0)
-        return _choice(index, {"text": choice.text}, logprobs, choice.finish_reason)
+        logprobs = self._logprobs(choice.input_logprobs + choice.output_logprobs, 0)
+        return _choice(index, {"text": self._echo(index) + choice.text}, logprobs, choice.finish_reason)
 
     def chunk_choice(self, event: Event) -> dict[str, Any] | None:
-        output = event.output
-        new = output.output_logprobs or []
-        if not (event.text or new or output.finish_reason):
+        output, index = event.output, event.index
+        text = event.text if index in self._offsets else self._echo(index) + event.text
+        new = (output.input_logprobs or []) + (output.output_logprobs or [])
+        offset = self._offsets.setdefault(index, 0)
+        if not (text or new or output.finish_reason):
             return None
-        logprobs = self._logprobs(new, self._offsets.get(event.index, 0))
+        logprobs = self._logprobs(new, offset)
         if logprobs is not None:
-            self._offsets[event.index] = self._offsets.get(event.index, 0) + sum(map(len, logprobs["tokens"]))
-        return _choice(event.index, {"text": event.text}, logprobs, output.finish_reason)
+            self._offsets[index] += sum(map(len, logprobs["tokens"]))
+        return _choice(index, {"text": text}, logprobs, output.finish_reason)
+
+    def _echo(self, index: int) -> str:
+        """The prompt of a choice where it is asked for: as it was written, or the text of its tokens."""
+        if not self.body.echo:
+            return ""
+        prompt = self.prompt_inputs()[index // (self.body.n or 1)]
+        if isinstance(prompt, str):
+            return prompt
+        return self.manager.tokenizer.decode(
+            prompt, skip_special_tokens=self.body.skip_special_tokens is not False
+        )
 
     def _logprobs(self, entries: list[TokenLogprob], offset: int) -> dict[str, Any] | None:
         if self.body.logprobs is None:
@@ -190,7 +216,8 @@ class CompletionServing(OpenAIServing[CompletionRequest]):
             token = self._token(entry.token_id)
             result["tokens"].append(token)
             result["token_logprobs"].append(entry.logprob)
-            result["top_logprobs"].append({self._token(t): p for t, p in entry.top})
+            known = entry.logprob is not None  # of all but the first token of a prompt
+            result["top_logprobs"].append({self._token(t): p for t, p in entry.top} if known else None)
             result["text_offset"].append(offset)
             offset += len(token)
         return result

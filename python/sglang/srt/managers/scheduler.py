@@ -269,6 +269,9 @@ class Scheduler:
 
     def append_tokens(self, req: Req, tokens: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """Takes tokens up to the first that ends the request; what was speculated beyond it is dropped."""
+        if req.sampling_params.max_new_tokens == 0:
+            self.finish(req, {"type": "length", "length": 0})
+            return
         reason: dict[str, Any] | None = None
         try:
             for i, token in enumerate(tokens):

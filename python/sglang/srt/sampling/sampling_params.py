@@ -14,7 +14,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     the same seed gives the same tokens however it is batched and whether or not it is speculated.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # 0: the prompt alone, for its logprobs or to fill the cache
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = -1  # -1: all of the vocabulary
@@ -29,7 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def validate(self, vocab_size: int) -> None:
         """Raises ValueError naming the first parameter that is out of range, and its value."""
         checks: tuple[tuple[str, bool, str], ...] = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens >= 0, "at least 0"),
             ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "finite and >= 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (off) or at least 1"),
