@@ -106,7 +106,7 @@ def test_arrivals_and_aborts_in_any_order(
         rid = harness.send(prompt, max_new_tokens=arrival.max_new_tokens, stream=True)
         if arrival.abort_after is not None:
             harness.step(arrival.abort_after)
-            harness.link.inbox.append(AbortReq(rid))
+            harness.link.inbox.append(AbortReq([rid]))
     harness.finish()
     for arrival, result in zip(arrivals, harness.results.values()):
         expected = greedy(prompt_of(30, arrival.stem)[: arrival.prompt_length], arrival.max_new_tokens)

@@ -147,8 +147,7 @@ def test_aborts_wherever_a_request_is() -> None:
     partial, waiting = harness.send(prompt_of(30, 2)), harness.send(prompt_of(30, 3))
     harness.step()
     assert harness.scheduler.partial.rid == partial
-    for rid in (running, partial, waiting, "unknown"):
-        harness.link.inbox.append(AbortReq(rid))
+    harness.link.inbox.append(AbortReq([running, partial, waiting, "unknown"]))
     harness.step()
     assert harness.scheduler.is_idle
     harness.finish()
@@ -157,5 +156,5 @@ def test_aborts_wherever_a_request_is() -> None:
         harness.results[running].output_ids
         == greedy(prompt_of(6, 1), 50)[: len(harness.results[running].output_ids)]
     )
-    harness.link.inbox.append(AbortReq(running))  # finished long ago
+    harness.link.inbox.append(AbortReq([running]))  # finished long ago
     assert harness.run(prompt_of(6)).output_ids == greedy(prompt_of(6), 8)

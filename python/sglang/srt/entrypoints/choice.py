@@ -17,6 +17,7 @@ Triple = tuple[float | None, int, str | None]  # logprob, token, its text if ask
 @dataclass
 class Choice:
     request: TokenizedGenerateReqInput
+    rid: str  # what its client calls it
     text: str = ""
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -46,7 +47,7 @@ class Choice:
     def native(self, token_text: TokenText | None = None) -> dict[str, Any]:
         """What /generate and `Engine.generate` answer; `token_text` puts texts beside logprobs."""
         meta: dict[str, Any] = {
-            "id": self.request.rid,
+            "id": self.rid,
             "finish_reason": self.finish_reason,
             "prompt_tokens": len(self.request.input_ids),
             "completion_tokens": self.completion_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from sglang.srt.managers.io_struct import (
     FlushCacheReqOutput,
     ReqOutput,
     TokenizedGenerateReqInput,
+    new_rid,
 )
 from sglang.srt.managers.scheduler import Scheduler, load_tokenizer
 from sglang.srt.managers.scheduler_link import LocalLink
@@ -73,7 +73,7 @@ class Engine:
             raise ValueError(f"sampling_params has {len(params)} entries for {len(prompts)} prompts")
         requests = [
             TokenizedGenerateReqInput(
-                rid=uuid.uuid4().hex,
+                rid=new_rid(),
                 input_ids=self.tokenizer.encode(one) if isinstance(one, str) else list(one),
                 sampling_params=parse_sampling_params(given or {}),
                 stream=stream,
@@ -97,7 +97,7 @@ class Engine:
 
     def flush_cache(self) -> FlushCacheReqOutput:
         """Empties the prefix cache. Not successful, and nothing is changed, while something is generated."""
-        request_id = uuid.uuid4().hex
+        request_id = new_rid()
         self.link.inbox.append(FlushCacheReqInput(request_id))
         self._step()
         return self._answers.pop(request_id)
@@ -108,9 +108,13 @@ class Engine:
 
     def shutdown(self) -> None:
         """Gives up what is still generated."""
-        for rid in self._generations:
-            self.link.inbox.append(AbortReq(rid))
-        if self._generations:
+        self.abort_request(abort_all=True)
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        """Ends one request, or all, as they stand; whoever iterates over one gets what was generated."""
+        rids = list(self._generations) if abort_all else [rid] if rid in self._generations else []
+        if rids:
+            self.link.inbox.append(AbortReq(rids))
             self._step()
 
     def __enter__(self) -> Engine:
@@ -133,9 +137,10 @@ class Engine:
                 if any(not g.finished for g in generations):
                     self._step()
         finally:
+            left = [generation.rid for generation in generations if not generation.finished]
+            if left:
+                self.link.inbox.append(AbortReq(left))
             for generation in generations:
-                if not generation.finished:
-                    self.link.inbox.append(AbortReq(generation.rid))
                 self._generations.pop(generation.rid, None)
 
     def _step(self) -> None:
@@ -161,7 +166,7 @@ class Generation:
     @classmethod
     def start(cls, request: TokenizedGenerateReqInput, tokenizer: PreTrainedTokenizerBase) -> Generation:
         text = OutputText(tokenizer, request.sampling_params, request.return_token_sources)
-        return cls(Choice(request), text)
+        return cls(Choice(request, request.rid), text)
 
     @property
     def rid(self) -> str:

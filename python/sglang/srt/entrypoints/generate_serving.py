@@ -20,7 +20,7 @@ from sglang.srt.entrypoints.serving import (
     collect,
 )
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, new_rid
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.token_logprob import MAX_TOP_LOGPROBS
 
@@ -28,9 +28,10 @@ T = TypeVar("T")
 
 
 async def serve_generate(manager: TokenizerManager, body: GenerateReqInput, request: Request) -> Response:
-    requests = await _requests(manager, body)
-    choices = [Choice(r) for r in requests]
-    generation = manager.generate(requests)
+    choices = await _choices(manager, body)
+    whole_rid = [body.rid] if isinstance(body.rid, str) else []
+    names = [[choice.rid, *whole_rid] for choice in choices]
+    generation = await manager.generate([choice.request for choice in choices], names)
     single = len(choices) == 1 and not body.is_batch
 
     token_text = manager.tokenizer.decode if body.return_text_in_logprobs else None
@@ -57,7 +58,7 @@ class Item:
 
     prompt: str | list[int]
     sampling: GenerateSamplingParams
-    rid: str | None
+    rid: str
     logprobs: LogprobOptions
 
 
@@ -69,9 +70,11 @@ def _items(body: GenerateReqInput, param: str) -> list[Item]:
         raise RequestError.bad(f"{param} must hold at least one prompt", param)
     params = _per_prompt(body.sampling_params or GenerateSamplingParams(), count, "sampling_params")
     check_batch(sum(p.n or 1 for p in params), 1, param)
-    rids = _per_prompt(body.rid, count, "rid")
-    if isinstance(body.rid, str) and count > 1:
-        rids = [f"{body.rid}_{i}" for i in range(count)]
+    rids = _per_prompt(new_rid() if body.rid is None else body.rid, count, "rid")
+    if not isinstance(body.rid, list) and count > 1:
+        rids = [f"{rid}_{i}" for i, rid in enumerate(rids)]
+    if len(set(rids)) < count:
+        raise RequestError.bad("rid must not hold the same rid twice", "rid")
     flags = _per_prompt(body.return_logprob or False, count, "return_logprob")
     start = -1 if body.logprob_start_len is None else body.logprob_start_len
     starts = _per_prompt(start, count, "logprob_start_len")
@@ -80,10 +83,10 @@ def _items(body: GenerateReqInput, param: str) -> list[Item]:
     return [Item(*values) for values in zip(prompts, params, rids, options)]
 
 
-async def _requests(manager: TokenizerManager, body: GenerateReqInput) -> list[TokenizedGenerateReqInput]:
+async def _choices(manager: TokenizerManager, body: GenerateReqInput) -> list[Choice]:
     """One for each prompt and choice. Raises RequestError (400)."""
     param = "text" if body.text is not None else "input_ids"
-    requests = []
+    choices = []
     for item in _items(body, param):
         ids, limit = item.prompt, item.sampling.max_new_tokens
         for choice in range(item.sampling.n or 1):
@@ -94,18 +97,16 @@ async def _requests(manager: TokenizerManager, body: GenerateReqInput) -> list[T
             if start >= len(ids):
                 message = f"logprob_start_len {start} is not in [-1, {len(ids)}), the prompt's length"
                 raise RequestError.bad(message, "logprob_start_len")
-            rid = manager.new_rid() if item.rid is None else item.rid + (f"_n{choice}" if choice else "")
-            requests.append(
-                TokenizedGenerateReqInput(
-                    rid=rid,
-                    input_ids=ids,
-                    sampling_params=checked,
-                    stream=bool(body.stream),
-                    return_token_sources=bool(body.return_token_sources),
-                    **asdict(item.logprobs),
-                )
+            sequence = TokenizedGenerateReqInput(
+                rid=new_rid(),
+                input_ids=ids,
+                sampling_params=checked,
+                stream=bool(body.stream),
+                return_token_sources=bool(body.return_token_sources),
+                **asdict(item.logprobs),
             )
-    return requests
+            choices.append(Choice(sequence, item.rid + (f"_n{choice}" if choice else "")))
+    return choices
 
 
 def _per_prompt(value: T | list[T], count: int, name: str) -> list[T]:

@@ -167,9 +167,9 @@ async def flush_cache(request: Request) -> Response:
 @guarded_routes.post("/abort_request")
 async def abort_request(request: Request) -> dict[str, int]:
     body = await _parse(AbortRequest, request)
-    if (body.rid is None) != body.abort_all:
+    if not (body.rid or body.abort_all):
         raise RequestError.bad("give either rid or abort_all", "rid")
-    return {"aborted": request.app.state.manager.abort(body.rid)}
+    return {"aborted": await request.app.state.manager.abort(None if body.abort_all else body.rid)}
 
 
 @guarded_routes.post("/generate")

@@ -23,7 +23,7 @@ from sglang.srt.entrypoints.serving import (
     collect,
 )
 from sglang.srt.errors import RequestError
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, new_rid
 from sglang.srt.managers.tokenizer_manager import Event, Generation, TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.sampling.token_logprob import TokenLogprob
@@ -49,15 +49,16 @@ class OpenAIServing(ABC, Generic[R]):
         if asked not in model_names and asked.startswith(tuple(f"{name}:" for name in model_names)):
             raise RequestError.bad(f"model {asked[:200]!r} asks for an adapter: there are none", "model")
         self.manager, self.body, self.model_name = manager, body, model_names[0]
-        self.id = f"{self.id_prefix}-{manager.new_rid()}"
+        self.id = f"{self.id_prefix}-{new_rid()}"  # also the rid of all its choices
         self.created = int(time.time())
         self.choices: list[Choice] = []
         self.prompts: list[list[int]] = []
 
     async def serve(self, request: Request) -> Response:
         for ids, params, options in await self.requests():
-            self.choices.append(Choice(self._sequence(ids, params, options)))
-        generation = self.manager.generate([c.request for c in self.choices])
+            self.choices.append(Choice(self._sequence(ids, params, options), self.id))
+        requests = [c.request for c in self.choices]
+        generation = await self.manager.generate(requests, [[self.id]] * len(requests))
         if self.body.stream:
             return EventStream(generation, self._chunks(generation))
 
@@ -73,7 +74,7 @@ class OpenAIServing(ABC, Generic[R]):
         self, ids: list[int], params: SamplingParams, options: LogprobOptions
     ) -> TokenizedGenerateReqInput:
         return TokenizedGenerateReqInput(
-            rid=self.manager.new_rid(),
+            rid=new_rid(),
             input_ids=ids,
             sampling_params=params,
             stream=bool(self.body.stream),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import msgspec
@@ -10,10 +11,14 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.sampling.token_logprob import TokenLogprob
 
 
+def new_rid() -> str:
+    return uuid.uuid4().hex
+
+
 class TokenizedGenerateReqInput(msgspec.Struct, tag=True, kw_only=True):
     """One sequence to generate. `n` > 1 and batches are split into several of these before they are sent."""
 
-    rid: str
+    rid: str  # made by the server (`new_rid`), never used twice; a client's own rid stays at the edge
     input_ids: list[int]
     sampling_params: SamplingParams
     stream: bool = False
@@ -24,7 +29,9 @@ class TokenizedGenerateReqInput(msgspec.Struct, tag=True, kw_only=True):
 
 
 class AbortReq(msgspec.Struct, tag=True):
-    rid: str
+    """Ends these sequences as they stand. Each that is there answers with its last ReqOutput."""
+
+    rids: list[str]
 
 
 class FlushCacheReqInput(msgspec.Struct, tag=True):

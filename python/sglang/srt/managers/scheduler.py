@@ -153,9 +153,10 @@ class Scheduler:
             )
 
     def abort_request(self, message: AbortReq) -> None:
-        """Frees a request that its client gave up; one that is not there has finished."""
-        if req := self.requests.get(message.rid):
-            self.finish(req, {"type": "abort", "message": "aborted by the client"})
+        """Ends requests as they stand; one that is not there has finished."""
+        for rid in message.rids:
+            if req := self.requests.get(rid):
+                self.finish(req, {"type": "abort", "message": "aborted on request"})
 
     def flush_cache(self, message: FlushCacheReqInput) -> None:
         if self.is_idle:

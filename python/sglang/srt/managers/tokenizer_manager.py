@@ -7,11 +7,11 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
@@ -33,15 +33,18 @@ from sglang.srt.managers.io_struct import (
     SchedulerReady,
     TokenizedGenerateReqInput,
     ToScheduler,
+    new_rid,
 )
 from sglang.srt.metrics import ServerMetrics
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LONG_TEXT = 1 << 14  # characters; longer texts are tokenized off the event loop
 CONTROL_TIMEOUT = 60.0  # seconds; the scheduler answers between two steps
+RID_TIMEOUT = 1.0  # seconds; a client that comes back may be faster than the end of its old connection
 
 
 @dataclass
@@ -60,11 +63,12 @@ class SequenceState:
 
     index: int
     request: TokenizedGenerateReqInput
+    names: frozenset[str]  # what its client calls it: its rid, and the rid of the request that it is part of
     text: OutputText
     events: asyncio.Queue[tuple[SequenceState, ReqOutput] | RequestError]
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     created: float = field(default_factory=time.perf_counter)
     last_output: float = 0.0
-    completion_tokens: int = 0
 
 
 class Generation:
@@ -113,7 +117,8 @@ class TokenizerManager:
         self.started = time.time()
         self.limits: SchedulerReady | None = None  # known when the scheduler is ready
         self.failure: RequestError | None = None  # set when nothing can be served any more
-        self._running: dict[str, SequenceState] = {}
+        self._running: dict[str, SequenceState] = {}  # by the server's own rid
+        self._named: defaultdict[str, set[str]] = defaultdict(set)  # a client's rid -> the server's
         self._answers: dict[str, asyncio.Future[Any]] = {}
         self._ready: asyncio.Future[SchedulerReady] = asyncio.get_running_loop().create_future()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
@@ -180,50 +185,80 @@ class TokenizerManager:
             )
         return msgspec.structs.replace(params, max_new_tokens=min(params.max_new_tokens, room))
 
-    def generate(self, requests: Sequence[TokenizedGenerateReqInput]) -> Generation:
-        """Hands checked requests to the scheduler. Raises RequestError (400, 503)."""
-        if self.failure is not None:
-            raise self.failure
-        taken = [r.rid for r in requests if r.rid in self._running]
-        if taken or len({r.rid for r in requests}) < len(requests):
-            raise RequestError.bad(f"rid is in use: {', '.join(taken) or requests[0].rid}", "rid")
+    async def generate(
+        self, requests: Sequence[TokenizedGenerateReqInput], names: Sequence[Sequence[str]]
+    ) -> Generation:
+        """Hands checked requests to the scheduler. Raises RequestError (400, 503).
+
+        `names` are what the client calls each of them. A name belongs to one generation at a time, and is
+        free again when that has ended.
+        """
+        await self._wait_for_names({name for own in names for name in own})
+        self._check_alive()
         events: asyncio.Queue[Any] = asyncio.Queue()
         states = [
             SequenceState(
-                index, r, OutputText(self.tokenizer, r.sampling_params, r.return_token_sources), events
+                index,
+                r,
+                frozenset(own),
+                OutputText(self.tokenizer, r.sampling_params, r.return_token_sources),
+                events,
             )
-            for index, r in enumerate(requests)
+            for index, (r, own) in enumerate(zip(requests, names, strict=True))
         ]
         generation = Generation(self, states)
         try:
             for state in states:
                 self._send(state.request)
                 self._running[state.request.rid] = state
+                for name in state.names:
+                    self._named[name].add(state.request.rid)
                 self.metrics.prompt_tokens.inc(len(state.request.input_ids))
         except RequestError:
             generation.close("error")
             raise
         return generation
 
+    async def _wait_for_names(self, names: set[str]) -> None:
+        deadline = time.monotonic() + RID_TIMEOUT
+        while taken := names & self._named.keys():
+            self._check_alive()
+            name = min(taken)
+            last = self._running[next(iter(self._named[name]))]
+            try:
+                await asyncio.wait_for(last.ended.wait(), deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                raise RequestError.bad(f"rid {name!r} is in use by a request that runs", "rid") from None
+
     def drop(self, rid: str, outcome: str) -> None:
-        """Nobody waits for this sequence any more."""
-        if self._running.pop(rid, None) is not None:
+        """Nobody waits for this sequence any more; what the scheduler still sends of it is dropped."""
+        if rid in self._running:
+            self._forget(rid)
             self.metrics.count_request(outcome)
             with contextlib.suppress(RequestError):  # a scheduler that is gone has nothing to abort
-                self._send(AbortReq(rid))
+                self._send(AbortReq([rid]))
 
-    def abort(self, rid: str | None) -> int:
-        """Ends one sequence, or with None all of them, as it stands. Returns how many."""
-        rids = list(self._running) if rid is None else [r for r in (rid,) if r in self._running]
-        for one in rids:
-            state = self._running[one]
-            self.drop(one, "abort")
-            state.events.put_nowait((state, _aborted(state)))
-        return len(rids)
+    async def abort(self, name: str | None) -> int:
+        """Ends what has this name, or with None all, as it stands. Returns how many, when they have ended.
 
-    @staticmethod
-    def new_rid() -> str:
-        return uuid.uuid4().hex
+        Who waits for one of these gets what was generated, and an abort as its finish reason. Raises
+        RequestError (503).
+        """
+        rids = list(self._running if name is None else self._named.get(name, ()))
+        states = [self._running[rid] for rid in rids]
+        if states:
+            self._send(AbortReq(rids))
+            await self._within_timeout(asyncio.gather(*(state.ended.wait() for state in states)))
+        return len(states)
+
+    def _forget(self, rid: str) -> SequenceState:
+        state = self._running.pop(rid)
+        for name in state.names:
+            self._named[name].discard(rid)
+            if not self._named[name]:
+                del self._named[name]
+        state.ended.set()
+        return state
 
     @property
     def context_length(self) -> int:
@@ -233,25 +268,28 @@ class TokenizerManager:
     # -- control ----------------------------------------------------------------------------------------
 
     async def flush_cache(self) -> FlushCacheReqOutput:
-        request_id = self.new_rid()
+        request_id = new_rid()
         return await self._ask(request_id, FlushCacheReqInput(request_id))
 
     async def internal_state(self) -> dict[str, Any]:
-        request_id = self.new_rid()
+        request_id = new_rid()
         answer: GetInternalStateReqOutput = await self._ask(request_id, GetInternalStateReq(request_id))
         return answer.internal_state
 
     async def _ask(self, request_id: str, message: ToScheduler) -> Any:
-        if self.failure is not None:
-            raise self.failure
+        self._check_alive()
         self._answers[request_id] = asyncio.get_running_loop().create_future()
         try:
             self._send(message)
-            return await asyncio.wait_for(self._answers[request_id], CONTROL_TIMEOUT)
-        except asyncio.TimeoutError:
-            raise RequestError(503, f"the scheduler did not answer within {CONTROL_TIMEOUT:.0f} s") from None
+            return await self._within_timeout(self._answers[request_id])
         finally:
             del self._answers[request_id]
+
+    async def _within_timeout(self, answer: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(answer, CONTROL_TIMEOUT)
+        except asyncio.TimeoutError:
+            raise RequestError(503, f"the scheduler did not answer within {CONTROL_TIMEOUT:.0f} s") from None
 
     # -- the scheduler ----------------------------------------------------------------------------------
 
@@ -260,11 +298,16 @@ class TokenizerManager:
         self.limits = await asyncio.shield(self._ready)
         return self.limits
 
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
     def fail(self, message: str) -> None:
         """Nothing can be served any more: everybody who waits is told, and so is who comes later."""
         self.failure = self.failure or RequestError(503, message)
         for state in self._running.values():
             state.events.put_nowait(self.failure)
+            state.ended.set()
         for answer in [*self._answers.values(), self._ready]:
             if not answer.done():
                 answer.set_exception(self.failure)
@@ -289,16 +332,15 @@ class TokenizerManager:
     def _on_output(self, output: ReqOutput) -> None:
         state = self._running.get(output.rid)
         if state is None:
-            return  # its client is gone, and the abort is on its way
+            return  # its client is gone
         if output.output_ids:
             self._observe_tokens(state, output)
         reason = output.finish_reason
         if reason is not None:
-            del self._running[output.rid]
+            self._forget(output.rid)
             self._observe_finish(state, reason)
-            if reason["type"] == "abort":
-                message = reason.get("message") or "the request was aborted"
-                state.events.put_nowait(RequestError(reason.get("status_code", 500), message))
+            if "status_code" in reason:  # not the client's wish
+                state.events.put_nowait(RequestError(reason["status_code"], reason["message"]))
                 return
         state.events.put_nowait((state, output))
 
@@ -315,7 +357,6 @@ class TokenizerManager:
         if not state.last_output:
             self.metrics.cached_tokens.inc(output.cached_tokens)
         state.last_output = now
-        state.completion_tokens += new
 
     def _observe_finish(self, state: SequenceState, reason: dict[str, Any]) -> None:
         self.metrics.count_request(reason["type"])
@@ -331,15 +372,3 @@ class TokenizerManager:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._from_scheduler.close(linger=0)
         self._to_scheduler.close(linger=0)
-
-
-def _aborted(state: SequenceState) -> ReqOutput:
-    return ReqOutput(
-        rid=state.request.rid,
-        output_ids=[],
-        finish_reason={"type": "abort", "message": "aborted on request"},
-        prompt_tokens=len(state.request.input_ids),
-        completion_tokens=state.completion_tokens,
-        cached_tokens=0,
-        spec_verify_ct=0,
-    )
