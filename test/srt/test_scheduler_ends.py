@@ -79,7 +79,7 @@ BAD_REQUESTS: list[tuple[str, list[int], dict[str, Any], str]] = [
     ("empty prompt", [], {}, "the prompt is empty"),
     ("unknown token", [1, 97], {}, "input_ids must be in [0, 97), got 97"),
     ("negative token", [-1], {}, "input_ids must be in [0, 97), got -1"),
-    ("no tokens wanted", [1], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    ("fewer tokens than none", [1], {"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
     ("nan", [1], {"temperature": float("nan")}, "temperature must be finite"),
     ("stop without tokenizer", [1], {"stop": ("x",)}, "stop ['x'] needs a tokenizer"),
     ("top logprobs", [1], {"top_logprobs_num": 21}, "top_logprobs_num must be in [0, 20], got 21"),
