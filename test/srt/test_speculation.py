@@ -90,6 +90,25 @@ def test_same_tokens_with_every_metadata_path(
     assert 1 <= state["avg_spec_accept_length"] <= case.steps + 1
 
 
+@pytest.mark.parametrize("args", [{}, speculative(3)], ids=["plain", "speculative"])
+def test_verification_compares_the_lengths_of_host_and_device(model: Path, args: dict[str, Any]) -> None:
+    """The metadata would be right for the device's lengths, and too short where the host counts less."""
+    with envs.SGLANG_NSA_VERIFY_METADATA.override(True):
+        worker = make_worker(model, **args)
+    generate(worker, PROMPTS, 3)
+    decode = worker.decode
+
+    def decode_with_a_lost_token(reqs: list[Any]) -> Any:
+        reqs[1].kv_len -= 1
+        return decode(reqs)
+
+    worker.decode = decode_with_a_lost_token
+    with pytest.raises(
+        RuntimeError, match=r"request r1: kv_len of the host is 69, seq_lens of the device 70"
+    ):
+        generate(worker, PROMPTS, 3)
+
+
 def rig(worker: Any, drafts_are_right: bool) -> None:
     """A target that says t + 1 after t, and a NextN layer that is always right, or never.
 

@@ -186,7 +186,19 @@ class TpModelWorker:
     def _load_step(self, reqs: list[Req]) -> StepInputs:
         if self.batch is None or self.batch.members != [(req, req.req_pool_idx) for req in reqs]:
             self.batch = DecodeBatch.create(reqs, self.device)
+        if self.nsa_config.selection.check_replays:
+            self._check_lengths(reqs)
         return self.steps.load(self.batch.indices)
+
+    def _check_lengths(self, reqs: list[Req]) -> None:
+        """Raises RuntimeError where host and device have counted differently: the host's count bounds the
+        rows that a replay brings up to date."""
+        lengths = self.req_to_token_pool.seq_lens[self.batch.indices].tolist()
+        for req, length in zip(reqs, lengths):
+            if req.kv_len != length:
+                raise RuntimeError(
+                    f"request {req.rid}: kv_len of the host is {req.kv_len}, seq_lens of the device {length}"
+                )
 
     def _max_len(self, reqs: list[Req]) -> int:
         """A bound of all row lengths of the step, from the host's own count."""
