@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define SGLK_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define SGLK_HOST_DEVICE inline
+#endif
+
 namespace sgl_kernel {
 
 constexpr int kBlockThreads = 256;  // threads of a block, in all kernels
@@ -11,6 +17,7 @@ constexpr int kBlocksPerSm = 5;     // resident together: 48 registers a thread,
 
 struct CopyParams;
 struct GenerateParams;
+struct PagedMQAScheduleParams;
 
 namespace backend {
 
@@ -19,9 +26,10 @@ int32_t device_type();                          // torch's number for it
 void prepare(int32_t device_index);             // loads the kernels, so that a later launch may be captured in a graph
 int32_t resident_blocks(int32_t device_index);  // blocks of kBlockThreads that run at the same time
 
-// Both enqueue on the device's current stream and return at once (the CPU: when done).
+// They enqueue on the device's current stream and return at once (the CPU: when done).
 void launch_copy(const CopyParams& params, int32_t device_index);
 void launch_generate(const GenerateParams& params, int32_t device_index);
+void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, int32_t device_index);
 
 }  // namespace backend
 }  // namespace sgl_kernel

@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
       "Tensor[] dsts, int[] dst_fields, int[] seqlens_offsets, int page_size, int topk, int rows_per_req, "
       "Tensor? accept_lens, bool packed) -> Tensor");
   m.def("nsa_metadata_generate_run(Tensor(a!) plan) -> ()");
+
+  m.def(
+      "paged_mqa_schedule_plan(Tensor[] context_lens, Tensor[] schedules, int[] atoms, int segment, bool "
+      "remainder_last, "
+      "bool segment_major) -> Tensor");
+  m.def("paged_mqa_schedule_run(Tensor(a!) plan) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
@@ -31,6 +37,8 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("fused_metadata_copy_multi", sgl_kernel::fused_metadata_copy_multi);
   m.impl("nsa_metadata_generate_plan", sgl_kernel::nsa_metadata_generate_plan);
   m.impl("nsa_metadata_generate_run", sgl_kernel::nsa_metadata_generate_run);
+  m.impl("paged_mqa_schedule_plan", sgl_kernel::paged_mqa_schedule_plan);
+  m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
 }
 
 namespace sgl_kernel {

@@ -12,7 +12,7 @@ namespace sgl_kernel {
 
 // Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another
 // number.
-constexpr int64_t kAbiVersion = 1;
+constexpr int64_t kAbiVersion = 2;
 
 using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 
@@ -31,5 +31,9 @@ std::string fused_metadata_copy_multi_schema();
 // seq_lens, req_pool_indices, req_to_token -> all fields of N destinations.
 BoxedOperator nsa_metadata_generate_plan;
 BoxedOperator nsa_metadata_generate_run;
+
+// Lengths -> DeepGEMM's schedule of paged MQA logits, any number of them.
+BoxedOperator paged_mqa_schedule_plan;
+BoxedOperator paged_mqa_schedule_run;
 
 }  // namespace sgl_kernel

@@ -14,7 +14,12 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 LIBRARIES = TESTS.parent / "build" / "emulation"
-CASES = ["test_fused_metadata_copy.py", "test_nsa_metadata_generate.py", "test_sglang_calls.py"]
+CASES = [
+    "test_fused_metadata_copy.py",
+    "test_nsa_metadata_generate.py",
+    "test_paged_mqa_schedule.py",
+    "test_sglang_calls.py",
+]
 COMMANDS = {
     "cases": ["-m", "pytest", "-q", "-m", "not gpu", *(str(TESTS / name) for name in CASES)],
     "random cases": [str(TESTS / "fuzz_metadata.py"), "--seconds", "15", "--cases", "1500"],

@@ -8,7 +8,8 @@
 
 namespace sgl_kernel {
 
-void load_generate_kernel();  // nsa_metadata_generate.cu
+void load_generate_kernel();            // nsa_metadata_generate.cu
+void load_paged_mqa_schedule_kernel();  // paged_mqa_schedule.cu
 
 namespace backend {
 
@@ -20,6 +21,7 @@ void prepare(int32_t device_index) {
   cudaFuncAttributes attributes;
   check_cuda(cudaFuncGetAttributes(&attributes, fused_metadata_copy_kernel), "loading fused_metadata_copy_kernel");
   load_generate_kernel();
+  load_paged_mqa_schedule_kernel();
 }
 
 // Asked once per device.

@@ -7,12 +7,6 @@
 
 #include "backend.h"
 
-#if defined(__CUDACC__)
-#define SGLK_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SGLK_HOST_DEVICE inline
-#endif
-
 namespace sgl_kernel {
 
 constexpr int kMaxGenerateDestinations = 32;  // destinations in one launch

@@ -7,6 +7,7 @@
 
 #include "attention/fused_metadata_copy.cuh"
 #include "attention/nsa_metadata_generate.cuh"
+#include "attention/paged_mqa_schedule.cuh"
 
 namespace sgl_kernel {
 namespace {
@@ -52,6 +53,19 @@ void write_tables(const GenerateParams& p, const GenerateTables& table) {
   }
 }
 
+void write_schedule(const PagedMQAScheduleParams& p, const PagedMQASchedule& schedule) {
+  uint64_t total = 0, before = 0;
+  for (int32_t i = 0; i < schedule.batch; ++i) total += request_work(p, schedule, i);
+  int32_t request = 0;
+  for (int32_t sm = 0; sm <= schedule.num_sms; ++sm) {
+    const uint64_t start = first_work(p, schedule, total, sm);
+    for (; request < schedule.batch && before + request_work(p, schedule, request) <= start; ++request) {
+      before += request_work(p, schedule, request);
+    }
+    write_start(p, schedule, sm, request, start - before);
+  }
+}
+
 }  // namespace
 
 namespace backend {
@@ -77,6 +91,10 @@ void launch_copy(const CopyParams& params, int32_t) {
 void launch_generate(const GenerateParams& params, int32_t) {
   for (int d = 0; d < params.num_vectors; ++d) write_vectors(params, params.vectors[d]);
   for (int t = 0; t < params.num_tables; ++t) write_tables(params, params.tables[t]);
+}
+
+void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, int32_t) {
+  for (int k = 0; k < params.num_schedules; ++k) write_schedule(params, params.schedules[k]);
 }
 
 }  // namespace backend

@@ -12,13 +12,25 @@ from .fused_metadata import (
     fused_metadata_copy_cuda,
     fused_metadata_copy_multi_cuda,
 )
+from .paged_mqa_schedule import (
+    DEEP_GEMM_SPLITS,
+    PagedMQASchedule,
+    PagedMQASchedulePlan,
+    PagedMQASplit,
+    find_split,
+)
 
 __all__ = [
+    "DEEP_GEMM_SPLITS",
     "CopyRegion",
     "FusedMetadataCopyPlan",
     "MetadataDestination",
     "NSAMetadataGeneratePlan",
+    "PagedMQASchedule",
+    "PagedMQASchedulePlan",
+    "PagedMQASplit",
     "available",
+    "find_split",
     "fused_metadata_copy_cuda",
     "fused_metadata_copy_multi_cuda",
     "load_error",

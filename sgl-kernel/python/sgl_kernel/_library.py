@@ -18,7 +18,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ("cpu", "cuda")
-ABI_VERSION = 1  # kAbiVersion of include/sgl_kernel_ops.h
+ABI_VERSION = 2  # kAbiVersion of include/sgl_kernel_ops.h
 LIBRARY_DIR_VARIABLE = "SGL_KERNEL_LIBRARY_DIR"
 
 

@@ -6,6 +6,7 @@
 
 #include "attention/fused_metadata_copy.cuh"
 #include "attention/nsa_metadata_generate.cuh"
+#include "attention/paged_mqa_schedule.cuh"
 // clang-format on
 
 namespace sgl_kernel {
@@ -31,6 +32,13 @@ void launch_generate(const GenerateParams& params, int32_t) {
   gridDim.x = static_cast<uint32_t>(params.num_vectors + table_blocks);
   for (blockIdx.x = gridDim.x; blockIdx.x-- > 0;) {
     emulation::block.run([&] { nsa_metadata_generate_kernel(params); });
+  }
+}
+
+void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, int32_t) {
+  gridDim.x = static_cast<uint32_t>(params.num_schedules);
+  for (blockIdx.x = gridDim.x; blockIdx.x-- > 0;) {
+    emulation::block.run([&] { paged_mqa_schedule_kernel(params); });
   }
 }
 

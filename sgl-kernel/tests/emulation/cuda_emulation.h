@@ -116,6 +116,11 @@ inline uint32_t __shfl_up_sync(unsigned, uint32_t value, int step) {
       value, [&](int me, const uint32_t* values) { return me % emulation::kWarp >= step ? values[me - step] : value; });
 }
 
+inline uint64_t __shfl_up_sync(unsigned mask, uint64_t value, int step) {
+  const uint64_t high = __shfl_up_sync(mask, static_cast<uint32_t>(value >> 32), step);
+  return high << 32 | __shfl_up_sync(mask, static_cast<uint32_t>(value), step);
+}
+
 inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {
   return emulation::block.exchange(value, [](int me, const uint32_t* values) {
     const int first = me - me % emulation::kWarp;
