@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import subprocess
@@ -11,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from sglang.srt.arguments import Parser, flag
 from sglang.srt.environ import EnvFlag, envs, parse_bool
-from sglang.srt.server_args import PortArgs, ServerArgs, flag
+from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.sglang_args import SGLangArgs
 
 PRECOMPUTE = envs.SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA
 NEXTN = {"speculative_algorithm": "NEXTN"}
@@ -34,8 +35,7 @@ def test_command_line_reaches_every_field() -> None:
         disable_radix_cache=True,
     )
     assert args == expected
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
+    parser = Parser("test", ServerArgs)
     options = {option for action in parser._actions for option in action.option_strings}
     assert {flag(f.name) for f in dataclasses.fields(ServerArgs)} <= options
 
@@ -80,7 +80,26 @@ REFUSED = [
     Refused(("--chunked-prefill-size", "0"), {"chunked_prefill_size": 0}),
     Refused(("--context-length", "-1"), {"context_length": -1}),
     Refused(("--random-seed", "-1"), {"random_seed": -1}),
-    Refused(("--attention-backend", "fa3"), {"attention_backend": "fa3"}),
+    Refused(("--attention-backend fa3", "--nsa-decode-backend"), {"attention_backend": "fa3"}),
+    Refused(("--page-size", "an int", "'64'"), {"page_size": "64"}),
+    Refused(("--port", "an int", "True"), {"port": True}),
+    Refused(("--host", "a str", "None"), {"host": None}),
+    Refused(("--tp-size 8", "plugin"), {"tp_size": 8}),
+    Refused(("--enable-dp-attention", "plugin"), {"enable_dp_attention": True}),
+    Refused(("--base-gpu-id 1", "CUDA_VISIBLE_DEVICES"), {"base_gpu_id": 1}),
+    Refused(("--quantization fp8", "SGLang"), {"quantization": "fp8"}),
+    Refused(("--speculative-algorithm EAGLE3", "NEXTN"), {"speculative_algorithm": "EAGLE3"}),
+    Refused(("--speculative-draft-model-path d", "--model-path m"), {"speculative_draft_model_path": "d"}),
+    Refused(("--kv-cache-dtype", "fp8_e5m2", "fp8_e4m3"), {"kv_cache_dtype": "fp8_e5m2"}),
+    Refused(("--kv-cache-dtype fp8_e4m3", "--device cuda"), {"kv_cache_dtype": "fp8_e4m3"}),
+    Refused(
+        ("--kv-cache-dtype bf16", "--nsa-prefill-backend flashmla_kv"),
+        {"device": "cuda", "kv_cache_dtype": "bf16", "nsa_prefill_backend": "flashmla_kv"},
+    ),
+    Refused(
+        ("--kv-cache-dtype fp8_e4m3", "--nsa-decode-backend flashmla_sparse"),
+        {"device": "cuda", "kv_cache_dtype": "fp8_e4m3", "nsa_decode_backend": "flashmla_sparse"},
+    ),
     Refused(("--nsa-decode-backend triton", "--device cpu"), {"nsa_decode_backend": "triton"}),
     Refused(("--nsa-prefill-backend flashmla_kv", "--device cpu"), {"nsa_prefill_backend": "flashmla_kv"}),
     Refused(("--sampling-backend flashinfer", "--device cpu"), {"sampling_backend": "flashinfer"}),
@@ -123,6 +142,87 @@ def test_impossible_arguments_name_the_flags(case: Refused) -> None:
 def test_layouts_are_accepted_with_the_flag(layout: str) -> None:
     with PRECOMPUTE.override(True):
         assert make(**NEXTN, nsa_metadata_layout=layout).nsa_metadata_layout == layout
+
+
+SGLANG_COMMANDS = [
+    # the launch line of DeepSeek-V3.2 on one GPU
+    "--model m --tp 1 --dp 1 --trust-remote-code --attention-backend nsa --kv-cache-dtype auto "
+    "--mem-fraction-static 0.85 --page-size 64 --enable-metrics --chunked-prefill-size 4096 "
+    "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-eagle-topk 1 "
+    "--speculative-num-draft-tokens 4 --cuda-graph-max-bs 32 --disable-overlap-schedule",
+    "--model-path m --tokenizer-path t --load-format safetensors --attention-backend dsa --nnodes 1 "
+    "--tensor-parallel-size 1 --ep-size 1 --schedule-conservativeness 0.3 --watchdog-timeout 1000000 "
+    "--decode-log-interval 1 --skip-server-warmup --enable-cache-report --weight-version v2",
+    "--model-path=m --speculative-algo=NEXTN --speculative-draft-model-path=m --dsa-decode-backend=torch",
+]
+
+
+@pytest.mark.parametrize("command", SGLANG_COMMANDS)
+def test_command_lines_of_sglang_start(command: str) -> None:
+    args = ServerArgs.from_cli([*command.split(), "--device", "cpu"])
+    assert args.model_path == "m" and args.load_format == "auto"
+    assert args.tokenizer_path == ("t" if "--tokenizer-path" in command else "m")
+
+
+def test_fp8_cache_chooses_its_reader() -> None:
+    args = make(device="cuda", kv_cache_dtype="fp8_e4m3")
+    assert (args.nsa_prefill_backend, args.nsa_decode_backend) == ("flashmla_kv", "flashmla_kv")
+    assert make(device="cuda", nsa_decode_backend="flashmla_kv", nsa_prefill_backend="flashmla_kv")
+
+
+def another(value: Any) -> Any:
+    return "x" if value is None else {bool: True, float: 0.5, int: 7, str: "x"}[type(value)]
+
+
+@pytest.mark.parametrize("f", dataclasses.fields(SGLangArgs), ids=lambda f: f.name)
+def test_flags_of_sglang_take_their_values_and_no_others(f: dataclasses.Field[Any]) -> None:
+    """A flag with choices says what to do for any other value; without choices it takes every value."""
+    choices, instead = f.metadata["choices"], f.metadata["instead"]
+    assert make(**{f.name: f.default}) == make()
+    if choices is None:
+        other = another(f.default)
+        assert getattr(make(**{f.name: other}), f.name) == other
+        return
+    for value in choices:
+        make(**{f.name: value})
+    with pytest.raises(ValueError) as error:
+        make(**{f.name: another(choices[0] if choices else None)})
+    assert flag(f.name) in str(error.value) and instead in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv,said",
+    [
+        (["--speculativ-num-steps", "3"], "--speculativ-num-steps: did you mean --speculative-num-steps"),
+        (["--model-pth=x"], "--model-pth: did you mean --model-path"),
+        (["--zzz"], "unknown flag --zzz"),
+        (["stray"], "'stray'"),
+        ([], "--model-path is required"),
+        (["--model-path", "m", "--tp", "2"], "plugin"),
+        (["--model-path", "m", "--port", "http"], "--port"),
+    ],
+)
+def test_wrong_command_lines_get_one_helpful_line(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        ServerArgs.from_cli(argv)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err.splitlines()[-1] and len(err.splitlines()) == 2
+
+
+def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ServerArgs.from_cli(["--help"])
+    text = capsys.readouterr().out
+    titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles[1:4] == ["what is served, and where:", "how the model runs:", "memory and batching:"]
+    assert text.index("--nsa-metadata-layout") < text.index("--tp-size") < text.index("--enable-lora")
+
+
+def test_names_of_the_model() -> None:
+    assert make(model_path="a/b/").model_names == ("a/b/", "b")
+    assert make(model_path="a/b", served_model_name="c").model_names == ("c", "a/b", "b")
 
 
 def test_command_line_errors_end_with_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import dataclasses
 import shutil
 import tempfile
-import types
-import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.arguments import Parser, flag, group, values_that_cannot_be
 from sglang.srt.environ import envs
+from sglang.srt.sglang_args import SGLangArgs
 
 NSA_BACKENDS = ("auto", "torch", "triton", "flashinfer", "flashmla_kv", "flashmla_sparse")
 METADATA_LAYOUTS = ("replicate", "shared", "in_graph")
@@ -22,74 +21,109 @@ METADATA_COPIES = ("auto", "fused", "foreach", "streams", "cat", "triton", "torc
 DEFAULT_SPECULATIVE_NUM_STEPS = 4
 
 
-def arg(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A field that is also a flag of the command line."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+served = group("what is served, and where")
+runs = group("how the model runs")
+memory = group("memory and batching")
+attention = group("attention, sampling and graphs")
+speculation = group("speculation")
+metadata = group("metadata of the drafts")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerArgs:
+class ServerArgs(SGLangArgs):
     """Arguments of a server, with SGLang's names. Construction fills what is derived and checks the rest.
 
     Raises ValueError on a value out of range and on a combination that is impossible; the message names
     the flags as they are written on the command line.
     """
 
-    model_path: str = arg(dataclasses.MISSING, "directory of a checkpoint in Hugging Face format")
-    served_model_name: str | None = arg(None, "name of the model over HTTP (default: the model path)")
-    host: str = arg("127.0.0.1", "address to listen on")
-    port: int = arg(30000, "port to listen on")
-    api_key: str | None = arg(None, "requests must carry it as 'Authorization: Bearer KEY'")
-    log_level: str = arg("info", "level of the log", ("debug", "info", "warning", "error"))
-    device: str | None = arg(None, "where the model runs (default: cuda if there is one)", ("cpu", "cuda"))
-    dtype: str = arg(
+    model_path: str = served(
+        dataclasses.MISSING, "directory of a checkpoint in Hugging Face format", aliases=("--model",)
+    )
+    tokenizer_path: str | None = served(None, "directory of the tokenizer (default: the model path)")
+    served_model_name: str | None = served(None, "name of the model over HTTP (default: the model path)")
+    host: str = served("127.0.0.1", "address to listen on")
+    port: int = served(30000, "port to listen on")
+    api_key: str | None = served(None, "requests must carry it as 'Authorization: Bearer KEY'")
+    log_level: str = served("info", "level of the log", ("debug", "info", "warning", "error"))
+    device: str | None = runs(None, "where the model runs (default: cuda if there is one)", ("cpu", "cuda"))
+    dtype: str = runs(
         "auto", "auto: the checkpoint's on cuda, float32 on the CPU", ("auto", "float32", "bfloat16")
     )
-    load_format: str = arg("auto", "dummy: random weights, no files of weights needed", ("auto", "dummy"))
-    random_seed: int = arg(0, "seeds the requests that bring no seed, and dummy weights")
-    context_length: int | None = arg(None, "longest sequence (default: the model's)")
-    page_size: int = arg(64, "tokens in a page of the key-value cache; a power of two up to 256")
-    max_total_tokens: int | None = arg(None, "tokens that the cache holds (default: from free memory)")
-    mem_fraction_static: float = arg(0.8, "share of the device's memory for weights and cache (cuda)")
-    max_running_requests: int = arg(64, "requests that run at the same time; more wait")
-    chunked_prefill_size: int = arg(2048, "longest piece of a prompt in one step; -1: whole prompts")
-    disable_radix_cache: bool = arg(False, "do not reuse the cache of common prefixes")
-    attention_backend: str = arg("nsa", "attention backend", ("nsa",))
-    nsa_prefill_backend: str = arg("auto", "implementation of sparse attention in prefill", NSA_BACKENDS)
-    nsa_decode_backend: str = arg("auto", "implementation of sparse attention in decode", NSA_BACKENDS)
-    sampling_backend: str = arg("auto", "implementation of sampling", ("auto", "torch", "flashinfer"))
-    disable_cuda_graph: bool = arg(False, "run decode steps without captured graphs")
-    cuda_graph_max_bs: int | None = arg(None, "largest captured batch (default: max_running_requests)")
-    speculative_algorithm: str | None = arg(
-        None, "draft with the model's MTP (NextN) layer; the two names mean the same", ("NEXTN", "EAGLE")
+    load_format: str = runs(
+        "auto",
+        "auto and safetensors mean the same; dummy: random weights, no files of weights needed",
+        ("auto", "safetensors", "dummy"),
     )
-    speculative_num_steps: int | None = arg(
+    random_seed: int = runs(0, "seeds the requests that bring no seed, and dummy weights")
+    context_length: int | None = memory(None, "longest sequence (default: the model's)")
+    page_size: int = memory(64, "tokens in a page of the key-value cache; a power of two up to 256")
+    max_total_tokens: int | None = memory(None, "tokens that the cache holds (default: from free memory)")
+    mem_fraction_static: float = memory(0.8, "share of the device's memory for weights and cache (cuda)")
+    max_running_requests: int = memory(64, "requests that run at the same time; more wait")
+    chunked_prefill_size: int = memory(2048, "longest piece of a prompt in one step; -1: whole prompts")
+    disable_radix_cache: bool = memory(False, "do not reuse the cache of common prefixes")
+    attention_backend: str = attention(
+        "nsa",
+        "attention backend; the two names mean the same",
+        ("nsa", "dsa"),
+        instead="models with sparse attention have one backend, nsa, in the implementations that "
+        "--nsa-prefill-backend and --nsa-decode-backend name",
+    )
+    nsa_prefill_backend: str = attention(
+        "auto",
+        "implementation of sparse attention in prefill",
+        NSA_BACKENDS,
+        aliases=("--dsa-prefill-backend",),
+    )
+    nsa_decode_backend: str = attention(
+        "auto",
+        "implementation of sparse attention in decode",
+        NSA_BACKENDS,
+        aliases=("--dsa-decode-backend",),
+    )
+    kv_cache_dtype: str = attention(
+        "auto",
+        "auto: the model's, or fp8_e4m3 where flashmla_kv reads the cache; fp8_e4m3 chooses flashmla_kv",
+        ("auto", "bf16", "bfloat16", "fp8_e4m3"),
+    )
+    sampling_backend: str = attention("auto", "implementation of sampling", ("auto", "torch", "flashinfer"))
+    disable_cuda_graph: bool = attention(False, "run decode steps without captured graphs")
+    cuda_graph_max_bs: int | None = attention(None, "largest captured batch (default: max_running_requests)")
+    speculative_algorithm: str | None = speculation(
+        None,
+        "draft with the model's MTP (NextN) layer; the two names mean the same",
+        ("NEXTN", "EAGLE"),
+        aliases=("--speculative-algo",),
+        instead="drafts come from the model's MTP layer, which is --speculative-algorithm NEXTN or EAGLE",
+    )
+    speculative_draft_model_path: str | None = speculation(
+        None, "the model's own path: the layer that drafts is in it", aliases=("--speculative-draft-model",)
+    )
+    speculative_num_steps: int | None = speculation(
         None, f"draft steps before each verification (default: {DEFAULT_SPECULATIVE_NUM_STEPS})"
     )
-    speculative_eagle_topk: int = arg(1, "branches of a draft; only 1 is supported")
-    speculative_num_draft_tokens: int | None = arg(None, "tokens verified at once: steps + 1")
-    nsa_metadata_layout: str = arg(
+    speculative_eagle_topk: int = speculation(1, "branches of a draft; only 1 is supported")
+    speculative_num_draft_tokens: int | None = speculation(None, "tokens verified at once: steps + 1")
+    nsa_metadata_layout: str = metadata(
         "replicate", "where the draft backends' metadata lies when it is computed once", METADATA_LAYOUTS
     )
-    nsa_metadata_copy: str = arg("auto", "how layout replicate copies into the backends", METADATA_COPIES)
-    nsa_draft_seqlens: str = arg(
+    nsa_metadata_copy: str = metadata(
+        "auto", "how layout replicate copies into the backends", METADATA_COPIES
+    )
+    nsa_draft_seqlens: str = metadata(
         "step",
         "lengths seen by draft step i: step = committed + i + 1; committed = the same for every step",
         ("committed", "step"),
     )
 
     def __post_init__(self) -> None:
-        self._check_choices()
+        for message in values_that_cannot_be(self):
+            raise ValueError(message)
         self._derive()
         for bad, message in self._checks():
             if bad:
                 raise ValueError(message)
-
-    def _check_choices(self) -> None:
-        for f in dataclasses.fields(self):
-            choices, value = f.metadata["choices"], getattr(self, f.name)
-            if choices and value is not None and value not in choices:
-                raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, got {value!r}")
 
     def _derive(self) -> None:
         derived: dict[str, Any] = {}
@@ -97,6 +131,14 @@ class ServerArgs:
             derived["device"] = "cuda" if _cuda_is_available() else "cpu"
         if self.served_model_name is None:
             derived["served_model_name"] = self.model_path
+        if self.tokenizer_path is None:
+            derived["tokenizer_path"] = self.model_path
+        if self.load_format == "safetensors":
+            derived["load_format"] = "auto"
+        if self.kv_cache_dtype == "fp8_e4m3":
+            for name in ("nsa_prefill_backend", "nsa_decode_backend"):
+                if getattr(self, name) == "auto":
+                    derived[name] = "flashmla_kv"
         if self.cuda_graph_max_bs is None:
             derived["cuda_graph_max_bs"] = self.max_running_requests
         if self.speculative_algorithm is not None:
@@ -142,6 +184,7 @@ class ServerArgs:
 
     def _device_checks(self) -> Iterator[tuple[bool, str]]:
         needs_cuda = {
+            "kv_cache_dtype": ("fp8_e4m3",),
             "nsa_prefill_backend": ("triton", "flashinfer", "flashmla_kv", "flashmla_sparse"),
             "nsa_decode_backend": ("triton", "flashinfer", "flashmla_kv", "flashmla_sparse"),
             "sampling_backend": ("flashinfer",),
@@ -154,7 +197,22 @@ class ServerArgs:
                 f"{flag(name)} {value} needs --device cuda, not --device cpu",
             )
 
+        kind = self.kv_cache_dtype
+        for name in ("nsa_prefill_backend", "nsa_decode_backend"):
+            value = getattr(self, name)
+            yield (
+                kind != "auto" and (kind == "fp8_e4m3") != (value == "flashmla_kv"),
+                f"--kv-cache-dtype {kind} does not go with {flag(name)} {value}: "
+                "flashmla_kv, and it alone, reads a cache in fp8_e4m3",
+            )
+
     def _speculation_checks(self) -> Iterator[tuple[bool, str]]:
+        draft_model = self.speculative_draft_model_path
+        yield (
+            draft_model not in (None, self.model_path),
+            f"--speculative-draft-model-path {draft_model} must be --model-path {self.model_path}: "
+            "the layer that drafts is in the model's checkpoint",
+        )
         steps, draft = self.speculative_num_steps, self.speculative_num_draft_tokens
         for name, value in (("speculative_num_steps", steps), ("speculative_num_draft_tokens", draft)):
             yield (
@@ -199,33 +257,7 @@ class ServerArgs:
     @classmethod
     def from_cli(cls, argv: Sequence[str] | None = None) -> ServerArgs:
         """From the command line. Ends the process with a usage message where the arguments are wrong."""
-        parser = argparse.ArgumentParser("sglang.launch_server", allow_abbrev=False)
-        cls.add_cli_args(parser)
-        namespace = parser.parse_args(argv)
-        try:
-            return cls.from_namespace(namespace)
-        except ValueError as error:
-            parser.error(str(error))
-
-    @classmethod
-    def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            required = f.default is dataclasses.MISSING
-            options: dict[str, Any] = {"help": f.metadata["help"], "dest": f.name}
-            kind = _plain_type(hints[f.name])
-            if kind is bool:
-                options["action"] = "store_true"
-            else:
-                options |= {"type": kind, "choices": f.metadata["choices"]}
-                options |= {"required": True} if required else {"default": f.default}
-                if f.default not in (None, dataclasses.MISSING):
-                    options["help"] += f" (default: {f.default})"
-            parser.add_argument(flag(f.name), **options)
-
-    @classmethod
-    def from_namespace(cls, namespace: argparse.Namespace) -> ServerArgs:
-        return cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)})
+        return Parser("sglang.launch_server", cls).parse(argv, cls)
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments by name, with the secret ones masked."""
@@ -246,18 +278,6 @@ class ServerArgs:
 
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
-
-
-def flag(name: str) -> str:
-    """The command line's spelling of a field: max_total_tokens -> --max-total-tokens."""
-    return "--" + name.replace("_", "-")
-
-
-def _plain_type(hint: Any) -> type:
-    """int | None -> int."""
-    if isinstance(hint, types.UnionType):
-        return next(t for t in typing.get_args(hint) if t is not type(None))
-    return hint
 
 
 def _cuda_is_available() -> bool:

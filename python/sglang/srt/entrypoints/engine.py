@@ -38,7 +38,7 @@ class Engine:
 
     def __init__(self, **server_args: Any) -> None:
         self.server_args = ServerArgs(**server_args)
-        self.tokenizer = load_tokenizer(self.server_args.model_path)
+        self.tokenizer = load_tokenizer(self.server_args.tokenizer_path)
         self.link = LocalLink()
         worker = create_worker(self.server_args)
         self.scheduler = Scheduler(self.server_args, worker, self.link, self.tokenizer)

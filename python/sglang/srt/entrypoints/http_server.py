@@ -220,7 +220,7 @@ def launch_server(args: ServerArgs) -> int:
         scheduler = SchedulerProcess(args, ports)
         scheduler.start()
         logger.info("loading %s on %s (scheduler: pid %d)", args.model_path, args.device, scheduler.pid)
-        tokenizer, vocab_size = _load_tokenizer(args.model_path)
+        tokenizer, vocab_size = _load_tokenizer(args.model_path, args.tokenizer_path)
         return asyncio.run(_serve(args, ports, scheduler, listener, tokenizer, vocab_size))
     except (StartError, ValueError) as error:
         logger.error("the server cannot start: %s", error)
@@ -248,14 +248,15 @@ def bind(args: ServerArgs) -> socket.socket:
     return listener
 
 
-def _load_tokenizer(model_path: str) -> tuple[Any, int]:
+def _load_tokenizer(model_path: str, tokenizer_path: str) -> tuple[Any, int]:
     """The tokenizer, and the model's vocabulary size, which may be larger than the tokenizer's."""
     try:
         config = json.loads((Path(model_path) / "config.json").read_text())
-        return AutoTokenizer.from_pretrained(model_path, local_files_only=True), config["vocab_size"]
+        return AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True), config["vocab_size"]
     except (OSError, KeyError, ValueError) as error:
         raise StartError(
-            f"--model-path {model_path}: no tokenizer or config could be loaded: {error}"
+            f"--model-path {model_path}, --tokenizer-path {tokenizer_path}: no tokenizer or config could be "
+            f"loaded: {error}"
         ) from error
 
 

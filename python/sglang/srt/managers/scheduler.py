@@ -346,10 +346,10 @@ class Throughput:
         logger.info("decode: %d running, %d waiting, %.1f tokens/s", running, waiting, self.tokens_per_second)
 
 
-def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(tokenizer_path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # slow to import, and not needed by whoever brings a tokenizer
 
-    return AutoTokenizer.from_pretrained(model_path)
+    return AutoTokenizer.from_pretrained(tokenizer_path)
 
 
 def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:
@@ -361,7 +361,7 @@ def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:
 
     link = ZmqLink(port_args)
     try:
-        tokenizer = load_tokenizer(server_args.model_path)
+        tokenizer = load_tokenizer(server_args.tokenizer_path)
         scheduler = Scheduler(server_args, create_worker(server_args), link, tokenizer)
         link.send(scheduler.ready())
         scheduler.run()

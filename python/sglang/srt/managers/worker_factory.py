@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from sglang.srt.managers.schedule_batch import GenerationWorker
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_config import ModelConfig
@@ -17,6 +19,11 @@ def create_worker(server_args: ServerArgs) -> GenerationWorker:
     config = ModelConfig.from_path(
         server_args.model_path, server_args.context_length, dtype, server_args.device
     )
+    if server_args.kv_cache_dtype in ("bf16", "bfloat16") and config.dtype != torch.bfloat16:
+        raise ValueError(
+            f"--kv-cache-dtype {server_args.kv_cache_dtype} needs --dtype bfloat16: "
+            f"the cache has the model's type, {config.dtype}"
+        )
     if server_args.speculative_algorithm is None:
         return TpModelWorker(server_args, config)
     if not config.num_nextn_predict_layers:
