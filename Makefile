@@ -1,6 +1,7 @@
-# make serve   set up what is missing, then serve models/tiny-nsa on http://127.0.0.1:30000
-# make test    set up what is missing, then run the whole test suite
-# make setup   only set up: .venv with the pinned dependencies, and the kernel library
+# make serve      set up what is missing, then serve models/tiny-nsa on http://127.0.0.1:30000
+# make test       set up what is missing, then run the whole test suite
+# make test-page  the page at GET / in a real browser, where Chromium and its driver are installed
+# make setup      only set up: .venv with the pinned dependencies, and the kernel library
 
 PYTHON ?= python3
 VENV   := .venv
@@ -14,7 +15,7 @@ ARGS   ?=
 KERNEL_SOURCES := $(shell find sgl-kernel -path 'sgl-kernel/build*' -prune -o -type f \
 	\( -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name CMakeLists.txt -o -name '*.py' -o -name pyproject.toml \) -print)
 
-.PHONY: serve test setup lint format cuda clean
+.PHONY: serve test test-page setup lint format cuda clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -40,6 +41,9 @@ serve: setup
 # One thread for each test process: the suite's servers and workers share the machine.
 test: setup $(VENV)/.emulation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-page: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs test/page $(ARGS)
 
 # The CUDA kernels compiled for the CPU, thread by thread: what their tests run on a machine without a GPU.
 $(VENV)/.emulation: $(VENV)/.installed $(KERNEL_SOURCES)

@@ -13,6 +13,17 @@ license: psf-2.0
 library_name: transformers
 pipeline_tag: text-generation
 tags: [code, python, sparse-attention, mtp, speculative-decoding]
+widget:
+  - example_title: a program's main
+    text: |
+      def main():
+          import argparse
+          parser = argparse.ArgumentParser()
+  - example_title: an optional import
+    text: |-
+      try:
+          import json
+      except
 ---
 # tiny-nsa
 

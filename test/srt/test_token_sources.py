@@ -8,11 +8,14 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from history_worker import HistoryWorker
 from scheduler_harness import Harness, greedy, prompt_of
 from server_fixture import ROOT
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.managers.schedule_batch import Req, StepOutput
+from sglang.srt.speculative import eagle_worker
+from sglang.srt.speculative.eagle_info import count_accepted
 from test_http_generate import GENERATE, PROMPT, events
 
 SPECULATIVE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 4}
@@ -94,16 +97,14 @@ def engine() -> Iterator[Engine]:
 def test_accepted_drafts_are_what_the_draft_layer_proposed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside the drafts themselves, read from the worker's buffers after each step."""
-    worker, drafted = engine.scheduler.worker, []
-    decode = worker.decode
+    """Beside the drafts themselves, as each verification gets them."""
+    drafted: list[list[int]] = []
 
-    def recorded(reqs: list[Req]) -> StepOutput:
-        output = decode(reqs)
-        drafted.append(worker.step_inputs.draft_tokens[0].tolist())
-        return output
+    def recorded(draft_tokens: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
+        drafted.append(draft_tokens[0].tolist())
+        return count_accepted(draft_tokens, next_tokens)
 
-    monkeypatch.setattr(worker, "decode", recorded)
+    monkeypatch.setattr(eagle_worker, "count_accepted", recorded)
     params = {"temperature": 0.7, "seed": 1, "max_new_tokens": 60, "ignore_eos": True}
     answer = engine.generate("def read_file(path):\n", params, return_token_sources=True)
     meta, ids = answer["meta_info"], answer["output_ids"][1:]

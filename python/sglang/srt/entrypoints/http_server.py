@@ -27,6 +27,7 @@ from sglang.srt.entrypoints.generate_protocol import AbortRequest, GenerateReqIn
 from sglang.srt.entrypoints.generate_serving import serve_generate
 from sglang.srt.entrypoints.openai_protocol import ChatCompletionRequest, CompletionRequest
 from sglang.srt.entrypoints.openai_serving import ChatServing, CompletionServing
+from sglang.srt.entrypoints.page.routes import page_routes
 from sglang.srt.entrypoints.request_body import B, parse_body
 from sglang.srt.entrypoints.scheduler_process import SchedulerProcess
 from sglang.srt.environ import envs
@@ -34,6 +35,7 @@ from sglang.srt.errors import RequestError
 from sglang.srt.logging_config import configure_logging
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.metrics import ServerMetrics
+from sglang.srt.model_card import example_prompts
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,9 @@ def build_app(args: ServerArgs, manager: TokenizerManager) -> FastAPI:
     """The application over a manager whose scheduler is ready."""
     app = FastAPI(title="sglang", openapi_url=None)
     app.state.args, app.state.manager = args, manager
+    app.state.example_prompts = example_prompts(args.model_path)
     app.include_router(open_routes)
+    app.include_router(page_routes())
     app.include_router(guarded_routes, dependencies=[Depends(_check_api_key)])
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -139,7 +143,12 @@ def _model_card(request: Request) -> dict[str, Any]:
 @guarded_routes.get("/get_model_info")
 async def get_model_info(request: Request) -> dict[str, Any]:
     path = request.app.state.args.model_path
-    return {"model_path": path, "tokenizer_path": path, "is_generation": True}
+    return {
+        "model_path": path,
+        "tokenizer_path": path,
+        "is_generation": True,
+        "example_prompts": request.app.state.example_prompts,
+    }
 
 
 @guarded_routes.get("/get_server_info")
