@@ -6,14 +6,15 @@
 # Uses the machine's own python3 (torch with CUDA, transformers, matplotlib). What else is needed (requirements:
 # fastapi, uvicorn, pyzmq, msgspec, prometheus-client, pytest, hypothesis, httpx, psutil, aiohttp) may lie as wheels in
 # the folder WHEELS (default .whl); COMMIT names the version where there is no .git. STEPS picks parts:
-# build tests fuzz sanitize kernels metadata soak speculation.
+# build tests sglang-tests fuzz sanitize kernels metadata soak speculation. sglang-tests reads wheels of SGLang, or its
+# file test_fused_metadata_copy.py, in the folder SGLANG_TESTS (default .sglang).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 OUT_DIR=${1:-docs/results/latest}
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-.whl}
-STEPS=${STEPS:-build tests fuzz sanitize kernels metadata soak speculation}
+STEPS=${STEPS:-build tests sglang-tests fuzz sanitize kernels metadata soak speculation}
 FUZZ_CASES=${FUZZ_CASES:-100000}
 SOAK_REPLAYS=${SOAK_REPLAYS:-100000}
 mkdir -p "$OUT_DIR"
@@ -67,6 +68,7 @@ fi
 export SGL_KERNEL_LIBRARY_DIR=${SGL_KERNEL_LIBRARY_DIR:-$PWD/sgl-kernel/build-gpu}
 
 wants tests && run tests "$PYTHON" -m pytest -m gpu -p no:cacheprovider --durations=15 ${TESTS:-}
+wants sglang-tests && run sglang-tests "$PYTHON" sgl-kernel/tests/run_sglang_tests.py "${SGLANG_TESTS:-.sglang}" --device cuda
 wants fuzz && run fuzz "$PYTHON" sgl-kernel/tests/fuzz_metadata.py --device cuda --cases "$FUZZ_CASES" --seconds "${FUZZ_SECONDS:-240}" --jobs "${JOBS:-8}"
 wants sanitize && run sanitize bash sgl-kernel/tests/sanitize.sh
 wants kernels && run kernels "$PYTHON" sgl-kernel/benchmark/bench_fused_metadata_copy.py --json "$OUT_DIR/kernels.json"

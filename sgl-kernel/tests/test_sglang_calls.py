@@ -48,12 +48,21 @@ class Field:
     live: Live
     optional: bool = False
     multi: bool = True
+    dst_name: str | None = None  # where it is another
+
+    def argument(self, side: str) -> str:
+        return f"{self.name if side == 'src' else self.dst_name or self.name}_{side}"
 
 
 FIELDS = (
     Field("cache_seqlens", lambda c: (c.bs,), lambda c: (slice(c.bs),)),
     Field("cu_seqlens_k", lambda c: (c.bs + 1,), lambda c: (slice(1, c.bs + 1),)),
-    Field("page_indices", lambda c: (c.rows, c.cols), lambda c: (slice(c.rows), slice(c.cols))),
+    Field(
+        "page_indices",
+        lambda c: (c.rows, c.cols),
+        lambda c: (slice(c.rows), slice(c.cols)),
+        dst_name="page_table_1",
+    ),
     Field("nsa_cache_seqlens", lambda c: (c.expanded,), lambda c: (slice(c.expanded),)),
     Field("seqlens_expanded", lambda c: (c.expanded,), lambda c: (slice(c.expanded),), True, False),
     Field("nsa_cu_seqlens_k", lambda c: (c.expanded + 1,), lambda c: (slice(1, c.expanded + 1),)),
@@ -108,7 +117,8 @@ class SGLangRig:
         for field in self.fields:
             shape = field.shape(self.case)
             if not source:  # a backend's buffers are at least as large
-                shape = (shape[0] + 2, shape[1] + self.case.wider) if len(shape) == 2 else (shape[0] + 2,)
+                wider = self.case.wider if field.name != "flashmla_metadata" else 0
+                shape = (shape[0] + 2, shape[1] + wider) if len(shape) == 2 else (shape[0] + 2,)
             present = self._has(field, source)
             name = f"{field.name}_{suffix}"
             slots[field.name] = self.arena.add(name, shape, torch.int32) if present else None
@@ -117,9 +127,9 @@ class SGLangRig:
     def call(self, buffer: torch.Tensor) -> None:
         case = self.case
         tensors = {
-            f"{field}_{suffix}": slot.view(buffer) if slot else None
+            field.argument(suffix): slots[field.name].view(buffer) if slots[field.name] else None
             for suffix, slots in zip(self.names, self.sets, strict=True)
-            for field, slot in slots.items()
+            for field in self.fields
         }
         integers = {"bs": case.bs, "max_len": case.max_len, "seqlens_expanded_size": case.expanded}
         if case.destinations > 1:
@@ -146,10 +156,10 @@ def test_copies_the_live_part(case: SGLangCase, device: str) -> None:
     assert_same(rig.arena, rig.buffer, rig.expected(), case)
 
 
-def test_positional_order_is_sglangs() -> None:
-    """Sources, destinations, integers, in the order in which SGLang passes them."""
-    single = [f"{f.name}_{side}" for side in ("src", "dst") for f in FIELDS]
-    multi = [f"{f.name}_{side}" for side in ("src", "dst0", "dst1", "dst2") for f in FIELDS if f.multi]
+def test_names_and_order_are_sglangs() -> None:
+    """Sources, destinations, integers, as SGLang passes them, by position or by name."""
+    single = [f.argument(side) for side in ("src", "dst") for f in FIELDS]
+    multi = [f.argument(side) for side in ("src", "dst0", "dst1", "dst2") for f in FIELDS if f.multi]
     names = {
         sgl_kernel.fused_metadata_copy_cuda: [
             *single,
@@ -167,6 +177,81 @@ def test_source_may_be_its_own_destination(device: str) -> None:
     rig.sets[1]["cache_seqlens"] = rig.sets[0]["cache_seqlens"]
     rig.call(rig.buffer)
     assert_same(rig.arena, rig.buffer, rig.expected(), rig.case)
+
+
+def good_arguments(device: str, **replaced: object) -> dict[str, object]:
+    """A legal TARGET_VERIFY call of two requests of four rows: sources count up, destinations hold -1."""
+
+    def tensor(*shape: int, written: bool) -> torch.Tensor:
+        count = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
+        return torch.full_like(count, -1) if written else count
+
+    shapes = {
+        "cache_seqlens": (2,),
+        "cu_seqlens_k": (3,),
+        "page_indices": (8, 70),
+        "nsa_cache_seqlens": (8,),
+        "seqlens_expanded": (8,),
+        "nsa_cu_seqlens_k": (9,),
+        "real_page_table": (8, 2),
+        "flashmla_num_splits": (9,),
+        "flashmla_metadata": (4, 8),
+    }
+    tensors = {
+        f.argument(side): tensor(*shapes[f.name], written=side == "dst")
+        for side in ("src", "dst")
+        for f in FIELDS
+    }
+    integers = {"forward_mode": 1, "bs": 2, "max_len": 0, "max_seqlen_k": 70, "seqlens_expanded_size": 8}
+    return {**tensors, **integers, **replaced}
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (128,), (132, 8), (3, 5, 8), (2, 1, 3, 8)], ids=str)
+def test_flashmla_metadata_of_any_rank(shape: tuple[int, ...], device: str) -> None:
+    """An opaque tensor, 1-D in SGLang's own tests: its elements are copied in order. Two dimensions were
+    demanded before."""
+    source = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=device).view(shape)
+    for dst_shape in (shape, (source.numel() + 3,)):
+        written = torch.full(dst_shape, -1, dtype=torch.int32, device=device)
+        arguments = {"flashmla_metadata_src": source, "flashmla_metadata_dst": written}
+        sgl_kernel.fused_metadata_copy_cuda(**good_arguments(device, **arguments))
+        assert torch.equal(written.flatten()[: source.numel()], source.flatten())
+        assert (written.flatten()[source.numel() :] == -1).all()
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
+def test_a_strided_source_is_made_contiguous(field: Field, device: str) -> None:
+    """SGLang's wrapper calls contiguous() on its sources; they were refused before."""
+    arguments = good_arguments(device)
+    plain = arguments[field.argument("src")]
+    strided = plain.new_full((*plain.shape[:-1], 3 * plain.shape[-1]), -5)[..., 1::3].copy_(plain)
+    assert strided.stride(-1) == 3
+    transposed = plain.t().contiguous().t() if plain.dim() == 2 else strided
+    for source in (strided, transposed):
+        arguments = good_arguments(device, **{field.argument("src"): source})
+        sgl_kernel.fused_metadata_copy_cuda(**arguments)
+        written = arguments[field.argument("dst")]
+        skipped = int(field.name in ("cu_seqlens_k", "nsa_cu_seqlens_k"))  # element 0 of a prefix sum
+        assert torch.equal(written[skipped:], plain[skipped:])
+
+
+@pytest.mark.parametrize("rows", [0, 5, 8, 11])
+@pytest.mark.parametrize("mode", [TARGET_VERIFY, DRAFT_EXTEND])
+def test_rows_of_the_tables_are_those_of_the_source(mode: int, rows: int, device: str) -> None:
+    """Outside DECODE, SGLang copies as many table rows as page_indices_src has; it was seqlens_expanded_size
+    before."""
+    tables = {"page_indices_src": (rows, 70), "page_table_1_dst": (12, 80)}
+    tables |= {"real_page_table_src": (rows, 2), "real_page_table_dst": (12, 3)}
+    replaced = {k: torch.randint(1, 99, v, dtype=torch.int32, device=device) for k, v in tables.items()}
+    before = {k: t.clone() for k, t in replaced.items()}
+    sgl_kernel.fused_metadata_copy_cuda(**good_arguments(device, forward_mode=mode, **replaced))
+    for source, dst in (
+        ("page_indices_src", "page_table_1_dst"),
+        ("real_page_table_src", "real_page_table_dst"),
+    ):
+        expected = before[dst]
+        expected[:rows, : before[source].shape[1]] = before[source]
+        assert torch.equal(replaced[dst], expected)
 
 
 def test_mutated_tensors_are_marked_in_the_schemas() -> None:

@@ -23,7 +23,13 @@ def sglang_arguments(device: str, sides: tuple[str, ...]) -> dict[str, object]:
     }
     if sides == ("src", "dst"):
         shapes["seqlens_expanded"] = (8,)
-    return {f"{name}_{side}": i32(*shape, device=device) for side in sides for name, shape in shapes.items()}
+
+    def argument(name: str, side: str) -> str:
+        return f"{name}_{side}" if side == "src" else f"{name}_{side}".replace("page_indices", "page_table_1")
+
+    return {
+        argument(name, side): i32(*shape, device=device) for side in sides for name, shape in shapes.items()
+    }
 
 
 # `change` takes (the good arguments, device) and returns those to replace.
@@ -49,8 +55,13 @@ SINGLE = [
     ),
     reject(
         "rows past the source",
-        "page_indices_src: expected a shape of at least [9, 20], found [8, 20]",
+        "nsa_cache_seqlens_src: expected a shape of at least [9], found [8]",
         lambda a, d: {"seqlens_expanded_size": 9},
+    ),
+    reject(
+        "rows past the destination",
+        "page_table_1_dst: expected a shape of at least [8, 20], found [7, 20]",
+        lambda a, d: {"page_table_1_dst": a["page_table_1_dst"][:7]},
     ),
     reject(
         "columns past the source",
@@ -69,8 +80,28 @@ SINGLE = [
     ),
     reject(
         "dtype",
-        "nsa_cu_seqlens_k_dst: expected int32, found int64",
+        "Tensor nsa_cu_seqlens_k_dst must have dtype int32, found int64",
         lambda a, d: {"nsa_cu_seqlens_k_dst": a["nsa_cu_seqlens_k_dst"].long()},
+    ),
+    reject(
+        "dtype of FlashMLA's source",
+        "Tensor flashmla_metadata_src must have dtype int32, found float32",
+        lambda a, d: {"flashmla_metadata_src": a["flashmla_metadata_src"].float()},
+    ),
+    reject(
+        "elements of FlashMLA's destination",
+        "flashmla_metadata_dst: expected a shape of at least [32], found [31]",
+        lambda a, d: {"flashmla_metadata_dst": i32(31, device=d)},
+    ),
+    reject(
+        "FlashMLA's destination in pieces",
+        "flashmla_metadata_dst: expected a contiguous tensor, found one with gaps",
+        lambda a, d: {"flashmla_metadata_dst": i32(4, 9, device=d)[:, :8]},
+    ),
+    reject(
+        "strided destination",
+        "cache_seqlens_dst: expected an inner stride of 1, found 2",
+        lambda a, d: {"cache_seqlens_dst": i32(4, device=d)[::2]},
     ),
     reject(
         "partial overlap",
@@ -100,8 +131,8 @@ def test_single_call(case: Malformed, device: str) -> None:
 MULTI = [
     reject(
         "third destination",
-        "page_indices_dst2: expected a shape of at least [2, 20], found [1, 20]",
-        lambda a, d: {"page_indices_dst2": a["page_indices_dst2"][:1]},
+        "page_table_1_dst2: expected a shape of at least [2, 20], found [1, 20]",
+        lambda a, d: {"page_table_1_dst2": a["page_table_1_dst2"][:1]},
     ),
     reject(
         "optional field of the second",

@@ -1,7 +1,11 @@
-// SGLang's positional calls. One table says which fields there are and what of each is live; the schemas, the
-// checks and the copies walk it. The parameter block is filled on the stack: no plan.
+// SGLang's calls. One table says which fields there are and what of each is live; the schemas, the checks and the
+// copies walk it. The parameter block is filled on the stack: no plan. These calls alone repair what SGLang repairs: a
+// source whose elements are not side by side is made contiguous first.
+#include <torch/csrc/stable/ops.h>
+
 #include <iterator>
 #include <string>
+#include <vector>
 
 #include "attention/copy_launch.h"
 #include "sgl_kernel_ops.h"
@@ -14,32 +18,34 @@ enum class Live { kRequests, kRequestPrefix, kPages, kRows, kRowPrefix, kRealPag
 
 struct Field {
   const char* name;
-  int64_t dim;
+  const char* dst_name;
+  int64_t dim;  // 0: any, taken as its elements in order
   bool optional;
   bool in_multi;
   Live live;
 };
 
-// E = seqlens_expanded_size; rows = bs in DECODE, E in the other modes. Element 0 of a prefix sum is left
-// alone.
+// E = seqlens_expanded_size; rows = bs in DECODE, those of page_indices_src in the other modes. Element 0 of a prefix
+// sum is left alone.
 constexpr Field kFields[] = {
-    {"cache_seqlens", 1, false, true, Live::kRequests},      // [0, bs)
-    {"cu_seqlens_k", 1, false, true, Live::kRequestPrefix},  // [1, bs + 1)
-    {"page_indices", 2, false, true, Live::kPages},          // rows x max_len (DECODE) or max_seqlen_k
-    {"nsa_cache_seqlens", 1, false, true, Live::kRows},      // [0, E)
-    {"seqlens_expanded", 1, true, false, Live::kRows},       // [0, E), not in DECODE
-    {"nsa_cu_seqlens_k", 1, false, true, Live::kRowPrefix},  // [1, E + 1)
-    {"real_page_table", 2, true, true, Live::kRealPages},    // rows x the source's columns
-    {"flashmla_num_splits", 1, true, true, Live::kSplits},   // [0, E + 1)
-    {"flashmla_metadata", 2, true, true, Live::kWhole},      // all of the source
+    {"cache_seqlens", "cache_seqlens", 1, false, true, Live::kRequests},           // [0, bs)
+    {"cu_seqlens_k", "cu_seqlens_k", 1, false, true, Live::kRequestPrefix},        // [1, bs + 1)
+    {"page_indices", "page_table_1", 2, false, true, Live::kPages},                // rows x max_len or max_seqlen_k
+    {"nsa_cache_seqlens", "nsa_cache_seqlens", 1, false, true, Live::kRows},       // [0, E)
+    {"seqlens_expanded", "seqlens_expanded", 1, true, false, Live::kRows},         // [0, E), not in DECODE
+    {"nsa_cu_seqlens_k", "nsa_cu_seqlens_k", 1, false, true, Live::kRowPrefix},    // [1, E + 1)
+    {"real_page_table", "real_page_table", 2, true, true, Live::kRealPages},       // rows x the source's columns
+    {"flashmla_num_splits", "flashmla_num_splits", 1, true, true, Live::kSplits},  // [0, E + 1)
+    {"flashmla_metadata", "flashmla_metadata", 0, true, true, Live::kWhole},       // all of the source
 };
 constexpr int kNumFields = std::size(kFields);
+constexpr int kPageIndices = 2;  // in both calls
 constexpr int kMultiDestinations = 3;
 static_assert(kNumFields <= kMaxCopyRegions && kNumFields * kMultiDestinations <= kMaxCopySlots);
 
 struct Sizes {
   int64_t mode, bs, max_cols, expanded;
-  int64_t rows() const { return mode == 0 ? bs : expanded; }
+  int64_t rows = 0;
 };
 
 struct Part {  // the live part of a field
@@ -53,13 +59,13 @@ Part live_part(Live live, const Sizes& sizes, const TensorView& src) {
     case Live::kRequestPrefix:
       return {1, 1, sizes.bs};
     case Live::kPages:
-      return {0, sizes.rows(), sizes.max_cols};
+      return {0, sizes.rows, sizes.max_cols};
     case Live::kRows:
       return {0, 1, sizes.expanded};
     case Live::kRowPrefix:
       return {1, 1, sizes.expanded};
     case Live::kRealPages:
-      return {0, sizes.rows(), src.cols};
+      return {0, sizes.rows, src.cols};
     case Live::kSplits:
       return {0, 1, sizes.expanded + 1};
     case Live::kWhole:
@@ -72,10 +78,56 @@ void check_size(const char* op, const char* name, int64_t value) {
   if (value < 0 || value > 0x7fffffff) reject(op, {name}, "0 .. 2147483647", value);
 }
 
+// A tensor of any rank as a vector of all its elements; its stride tells whether they lie side by side.
+TensorView flattened(TensorView view) {
+  int64_t* sizes = nullptr;
+  bool contiguous = false;
+  check_shim(aoti_torch_get_sizes(view.handle, &sizes), "a shape");
+  check_shim(aoti_torch_is_contiguous(view.handle, &contiguous), "whether a tensor is contiguous");
+  view.cols = 1;
+  for (int64_t d = 0; d < view.dim; ++d) view.cols *= sizes[d];
+  view.dim = 1, view.rows = 1, view.row_stride = 0, view.col_stride = contiguous ? 1 : 0;
+  return view;
+}
+
+// SGLang's message.
+void check_int32(const char* op, const TensorView& view, int32_t device_index) {
+  check_device(op, view, device_index);
+  if (view.dtype == aoti_torch_dtype_int32()) return;
+  throw std::runtime_error(std::string(op) + ": Tensor " + view.name.str() + " must have dtype int32, found " +
+                           dtype_name(view.dtype));
+}
+
+// The views of a field's source and destinations, from the same fields of all sets of handles. A source that cannot be
+// read in place is replaced by a copy, which lives in `copies`.
+struct FieldTensors {
+  const char* op;
+  const Field& field;
+  int32_t device_index;
+  std::vector<torch::stable::Tensor>& copies;
+
+  TensorView source(const TensorHandle& handle) const {
+    TensorView view = view_of(handle.get(), {field.name, "_src"});
+    if (view.cols > 1 && view.col_stride != 1) {
+      AtenTensorHandle shared = nullptr;
+      check_shim(aoti_torch_new_tensor_handle(handle.get(), &shared), "a tensor again");
+      copies.push_back(torch::stable::contiguous(torch::stable::Tensor(shared)));
+      view = view_of(copies.back().get(), view.name);
+    }
+    return view;
+  }
+
+  TensorView view_of(AtenTensorHandle handle, FieldName name) const {
+    const TensorView view = view_tensor(handle, name);
+    check_int32(op, view, device_index);
+    return field.dim == 0 ? flattened(view) : view;
+  }
+};
+
 // `fields`: which of kFields the call has; `handles`: their sources, then each destination's, in the order of
 // the table.
 void copy_sets(const char* op, const Field* const* fields, int num_fields, const TensorHandle* handles, int num_dsts,
-               const Sizes& sizes) {
+               Sizes sizes) {
   if (sizes.mode == 0 && sizes.expanded != sizes.bs) {
     reject(op, {"seqlens_expanded_size"}, "bs (" + std::to_string(sizes.bs) + ") in DECODE", sizes.expanded);
   }
@@ -83,6 +135,8 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
   TensorView dsts[kNumFields * kMultiDestinations];
   int num_regions = 0, num_views = 0;
   const int32_t device_index = view_tensor(handles[0].get(), {fields[0]->name, "_src"}).device_index;
+  sizes.rows = sizes.mode == 0 ? sizes.bs : view_tensor(handles[kPageIndices].get(), {"page_indices_src"}).rows;
+  std::vector<torch::stable::Tensor> copies;
   for (int f = 0; f < num_fields; ++f) {
     const Field& field = *fields[f];
     const bool only_expanded = field.optional && field.live == Live::kRows;
@@ -92,9 +146,11 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
       continue;
     }
     RegionArgs& region = regions[num_regions++];
-    region.src = view_tensor(handles[f].get(), {field.name, "_src"});
+    const FieldTensors tensors{op, field, device_index, copies};
+    region.src = tensors.source(handles[f]);
     const Part part = live_part(field.live, sizes, region.src);
-    Expected expected{device_index, aoti_torch_dtype_int32(), field.dim, part.rows, part.first + part.cols};
+    Expected expected{device_index, aoti_torch_dtype_int32(), field.dim == 0 ? 1 : field.dim, part.rows,
+                      part.first + part.cols};
     check_tensor(op, region.src, expected);
     region.src.data += part.first * 4;
     region.extent.rows = part.rows, region.extent.cols = part.cols;
@@ -102,10 +158,11 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
     expected.written = true;
     for (int d = 0; d < num_dsts; ++d) {
       TensorView& dst = dsts[num_views];
-      const FieldName name{field.name, num_dsts == 1 ? "_dst" : "_dst%d", d};
+      const FieldName name{field.dst_name, num_dsts == 1 ? "_dst" : "_dst%d", d};
       const TensorHandle& handle = handles[(d + 1) * num_fields + f];
       if (!handle) reject(op, name, "a tensor, since its source is given", "None");
-      dst = view_tensor(handle.get(), name);
+      dst = tensors.view_of(handle.get(), name);
+      if (field.dim == 0 && dst.col_stride != 1) reject(op, name, "a contiguous tensor", "one with gaps");
       check_tensor(op, dst, expected);
       dst.data += part.first * 4;
       // SGLang lets its int32 seq_lens buffer be source and destination at once: a copy onto itself, nothing
@@ -117,6 +174,7 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
   }
   check_overlaps(op, regions, num_regions);
 
+  backend::prepare(device_index);  // the kernels, once: this has no plan that could
   CopyLaunch launch;
   for (int r = 0; r < num_regions; ++r) {
     int next = 0;
@@ -134,7 +192,8 @@ std::string schema(const char* name, bool multi, const char* integers) {
       if (multi && !field.in_multi) continue;
       const std::string mutated = set > 0 ? "(a" + std::to_string(alias++) + "!)" : "";
       const std::string side = set == 0 ? "_src" : multi ? "_dst" + std::to_string(set - 1) : "_dst";
-      text += "Tensor" + mutated + (field.optional ? "? " : " ") + field.name + side + ", ";
+      text +=
+          "Tensor" + mutated + (field.optional ? "? " : " ") + (set == 0 ? field.name : field.dst_name) + side + ", ";
     }
   }
   return text + integers + ") -> ()";

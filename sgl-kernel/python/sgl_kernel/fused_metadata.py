@@ -196,10 +196,11 @@ def fused_metadata_copy_cuda(
     nsa_cu_seqlens_k_src: torch.Tensor,  # [>= E + 1]
     real_page_table_src: torch.Tensor | None,  # [>= rows, pages]
     flashmla_num_splits_src: torch.Tensor | None,  # [>= E + 1]
-    flashmla_metadata_src: torch.Tensor | None,  # [parts, ...]
+    flashmla_metadata_src: torch.Tensor
+    | None,  # any rank; destination: contiguous, at least as many elements
     cache_seqlens_dst: torch.Tensor,
     cu_seqlens_k_dst: torch.Tensor,
-    page_indices_dst: torch.Tensor,
+    page_table_1_dst: torch.Tensor,
     nsa_cache_seqlens_dst: torch.Tensor,
     seqlens_expanded_dst: torch.Tensor | None,
     nsa_cu_seqlens_k_dst: torch.Tensor,
@@ -216,11 +217,16 @@ def fused_metadata_copy_cuda(
     well.
 
     forward_mode: 0 DECODE, 1 TARGET_VERIFY, 2 DRAFT_EXTEND. E = seqlens_expanded_size (bs in DECODE); rows
-    = bs in DECODE, else E; cols = max_len in DECODE, else max_seqlen_k. Copied: cache_seqlens[:bs],
-    cu_seqlens_k[1 : bs + 1], page_indices[:rows, :cols], nsa_cache_seqlens[:E], nsa_cu_seqlens_k[1 : E +
-    1], outside DECODE seqlens_expanded[:E], and where the source is given real_page_table[:rows, : the
-    source's width], flashmla_num_splits[: E + 1] and all of flashmla_metadata. A destination without a
-    source is left alone. A destination that is its own source is legal.
+    = bs in DECODE, else those of page_indices_src; cols = max_len in DECODE, else max_seqlen_k. Copied:
+    cache_seqlens[:bs], cu_seqlens_k[1 : bs + 1], page_indices[:rows, :cols], nsa_cache_seqlens[:E],
+    nsa_cu_seqlens_k[1 : E + 1], outside DECODE seqlens_expanded[:E], and where the source is given
+    real_page_table[:rows, : the source's width], flashmla_num_splits[: E + 1] and all elements of
+    flashmla_metadata in order. A destination without a source is left alone. A destination that is its own
+    source is legal.
+
+    As with SGLang's, a source whose rows are not contiguous is copied first (other strides between rows are
+    read in place), and a tensor of another dtype "must have dtype int32". Everything else is checked as in
+    the plans. The call holds no tensor: one that is captured needs its tensors as long as the graph.
     """
     operator(cache_seqlens_src.device.type, "fused_metadata_copy")(
         cache_seqlens_src,
@@ -234,7 +240,7 @@ def fused_metadata_copy_cuda(
         flashmla_metadata_src,
         cache_seqlens_dst,
         cu_seqlens_k_dst,
-        page_indices_dst,
+        page_table_1_dst,
         nsa_cache_seqlens_dst,
         seqlens_expanded_dst,
         nsa_cu_seqlens_k_dst,
@@ -260,7 +266,7 @@ def fused_metadata_copy_multi_cuda(
     flashmla_metadata_src: torch.Tensor | None,
     cache_seqlens_dst0: torch.Tensor,
     cu_seqlens_k_dst0: torch.Tensor,
-    page_indices_dst0: torch.Tensor,
+    page_table_1_dst0: torch.Tensor,
     nsa_cache_seqlens_dst0: torch.Tensor,
     nsa_cu_seqlens_k_dst0: torch.Tensor,
     real_page_table_dst0: torch.Tensor | None,
@@ -268,7 +274,7 @@ def fused_metadata_copy_multi_cuda(
     flashmla_metadata_dst0: torch.Tensor | None,
     cache_seqlens_dst1: torch.Tensor,
     cu_seqlens_k_dst1: torch.Tensor,
-    page_indices_dst1: torch.Tensor,
+    page_table_1_dst1: torch.Tensor,
     nsa_cache_seqlens_dst1: torch.Tensor,
     nsa_cu_seqlens_k_dst1: torch.Tensor,
     real_page_table_dst1: torch.Tensor | None,
@@ -276,7 +282,7 @@ def fused_metadata_copy_multi_cuda(
     flashmla_metadata_dst1: torch.Tensor | None,
     cache_seqlens_dst2: torch.Tensor,
     cu_seqlens_k_dst2: torch.Tensor,
-    page_indices_dst2: torch.Tensor,
+    page_table_1_dst2: torch.Tensor,
     nsa_cache_seqlens_dst2: torch.Tensor,
     nsa_cu_seqlens_k_dst2: torch.Tensor,
     real_page_table_dst2: torch.Tensor | None,
@@ -302,7 +308,7 @@ def fused_metadata_copy_multi_cuda(
         flashmla_metadata_src,
         cache_seqlens_dst0,
         cu_seqlens_k_dst0,
-        page_indices_dst0,
+        page_table_1_dst0,
         nsa_cache_seqlens_dst0,
         nsa_cu_seqlens_k_dst0,
         real_page_table_dst0,
@@ -310,7 +316,7 @@ def fused_metadata_copy_multi_cuda(
         flashmla_metadata_dst0,
         cache_seqlens_dst1,
         cu_seqlens_k_dst1,
-        page_indices_dst1,
+        page_table_1_dst1,
         nsa_cache_seqlens_dst1,
         nsa_cu_seqlens_k_dst1,
         real_page_table_dst1,
@@ -318,7 +324,7 @@ def fused_metadata_copy_multi_cuda(
         flashmla_metadata_dst1,
         cache_seqlens_dst2,
         cu_seqlens_k_dst2,
-        page_indices_dst2,
+        page_table_1_dst2,
         nsa_cache_seqlens_dst2,
         nsa_cu_seqlens_k_dst2,
         real_page_table_dst2,
