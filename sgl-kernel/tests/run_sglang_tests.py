@@ -3,8 +3,8 @@
     python sgl-kernel/tests/run_sglang_tests.py PATH... [--device cpu|cuda]
 
 PATH: a wheel of sglang (0.5.9 to 0.5.12), the file test_fused_metadata_copy.py itself, or a folder of these.
-Changed are the lines that import and register, and with --device cpu the device. Every test has to pass, none may
-be skipped.
+Changed are the lines that import and register, and with --device cpu the device. Every test has to pass, none
+may be skipped.
 """
 
 from __future__ import annotations
