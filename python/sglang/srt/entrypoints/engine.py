@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import re
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from transformers import PreTrainedTokenizerBase
 
+from sglang.srt.arguments import flag, unknown_names
 from sglang.srt.entrypoints.choice import Choice
+from sglang.srt.entrypoints.generate_batch import Item, items
+from sglang.srt.entrypoints.generate_protocol import GenerateReqInput
+from sglang.srt.entrypoints.request_body import parse_members
+from sglang.srt.errors import RequestError
 from sglang.srt.managers.detokenizer import OutputText
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -17,105 +26,105 @@ from sglang.srt.managers.io_struct import (
     FlushCacheReqInput,
     FlushCacheReqOutput,
     ReqOutput,
-    TokenizedGenerateReqInput,
     new_rid,
 )
 from sglang.srt.managers.scheduler import Scheduler, load_tokenizer
 from sglang.srt.managers.scheduler_link import LocalLink
 from sglang.srt.managers.worker_factory import create_worker
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 
-SAMPLING_PARAMS = frozenset(field.name for field in msgspec.structs.fields(SamplingParams))
+Answer = dict[str, Any]  # {"text", "output_ids", "meta_info"}
 
 
 class Engine:
-    """Generates text in this process. Takes the fields of `ServerArgs`; not for several threads at a time.
+    """Generates text in this process. Takes SGLang's keywords: the fields of `ServerArgs`, or `server_args`.
 
     with Engine(model_path="models/tiny") as engine:
         print(engine.generate("The capital of", {"max_new_tokens": 16, "temperature": 0})["text"])
+
+    Calls from several threads or tasks run together, in one batch. Raises TypeError that names a keyword
+    there is not, and ValueError that names one whose value cannot be.
     """
 
     def __init__(self, **server_args: Any) -> None:
-        self.server_args = ServerArgs(**server_args)
+        self.server_args = _server_args(server_args)
         self.tokenizer = load_tokenizer(self.server_args.tokenizer_path)
         self.link = LocalLink()
         worker = create_worker(self.server_args)
         self.scheduler = Scheduler(self.server_args, worker, self.link, self.tokenizer)
-        self._generations: dict[str, Generation] = {}  # all that are not finished, by rid
+        self._generations: dict[str, Generation] = {}  # all that are not finished, by the sequence's rid
         self._answers: dict[str, FlushCacheReqOutput] = {}
+        self._stepping = threading.Lock()  # whoever holds it runs the scheduler, for everybody
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # steps for the event loops
 
     def generate(
         self,
         prompt: str | list[str] | None = None,
         sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
         input_ids: list[int] | list[list[int]] | None = None,
-        return_logprob: bool = False,
-        logprob_start_len: int = -1,
-        top_logprobs_num: int = 0,
-        return_token_sources: bool = False,
         stream: bool = False,
-    ) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
+        **fields: Any,
+    ) -> Answer | list[Answer] | Iterator[Answer]:
         """Completes one prompt or a list of them, given as text or as token ids.
 
-        With `return_token_sources` each token's source comes along (docs/http_api.md).
-        Returns `{"text", "output_ids", "meta_info"}`, or a list of these for a list of prompts. With `stream`
-        an iterator over such dicts, each with all text so far, and for a list with the prompt's "index".
-        Raises ValueError that names what is wrong with a request; then none of the list is generated.
+        `fields` are the others of POST /generate (docs/http_api.md): return_logprob, logprob_start_len,
+        top_logprobs_num, return_token_sources, rid, and those of SGLang's that ask for nothing.
+        Returns `{"text", "output_ids", "meta_info"}`, or a list of these for a list of prompts or for n > 1.
+        With `stream` an iterator over such dicts, each with all text so far, and where there are several with
+        the "index". Raises ValueError that names what is wrong with a request; then none of the list is
+        generated.
         """
-        if (prompt is None) == (input_ids is None):
-            raise ValueError("give either prompt or input_ids")
-        prompts: Any = prompt if input_ids is None else input_ids
-        single = isinstance(prompts, str) or (input_ids is not None and not _is_nested(prompts))
-        prompts = [prompts] if single else prompts
-        params = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"sampling_params has {len(params)} entries for {len(prompts)} prompts")
-        requests = [
-            TokenizedGenerateReqInput(
-                rid=new_rid(),
-                input_ids=self.tokenizer.encode(one) if isinstance(one, str) else list(one),
-                sampling_params=parse_sampling_params(given or {}),
-                stream=stream,
-                return_logprob=return_logprob,
-                logprob_start_len=logprob_start_len if return_logprob else -1,
-                top_logprobs_num=top_logprobs_num if return_logprob else 0,
-                return_token_sources=return_token_sources,
-            )
-            for one, given in zip(prompts, params)
-        ]
-        for request in requests:
-            self.scheduler.validate(request)
-        chunks = self._stream(requests, single)
+        batch = self._batch(prompt, sampling_params, input_ids, stream, fields)
         if stream:
-            return chunks
-        last = {chunk["meta_info"]["id"]: chunk for chunk in chunks}
-        results = [last[request.rid] for request in requests]
-        for result in results:
-            result.pop("index", None)
-        return results[0] if single else results
+            return self._stream(batch)
+        with self._running(batch):
+            while not self._advance(batch)[1]:
+                pass
+        return batch.answer()
+
+    async def async_generate(
+        self,
+        prompt: str | list[str] | None = None,
+        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        stream: bool = False,
+        **fields: Any,
+    ) -> Answer | list[Answer] | AsyncIterator[Answer]:
+        """As `generate`, without blocking the event loop; cancelling the task aborts its requests."""
+        batch = self._batch(prompt, sampling_params, input_ids, stream, fields)
+        if stream:
+            return self._async_stream(batch)
+        with self._running(batch):
+            while not (await self._advance_in_thread(batch))[1]:
+                pass
+        return batch.answer()
 
     def flush_cache(self) -> FlushCacheReqOutput:
         """Empties the prefix cache. Not successful, and nothing is changed, while something is generated."""
         request_id = new_rid()
-        self.link.inbox.append(FlushCacheReqInput(request_id))
-        self._step()
-        return self._answers.pop(request_id)
+        with self._stepping:
+            self.link.inbox.append(FlushCacheReqInput(request_id))
+            self._step()
+            return self._answers.pop(request_id)
 
     def get_server_info(self) -> dict[str, Any]:
         """The arguments, and the scheduler's state under `internal_states`."""
-        return self.server_args.to_dict() | {"internal_states": [self.scheduler.internal_state()]}
+        with self._stepping:
+            return self.server_args.to_dict() | {"internal_states": [self.scheduler.internal_state()]}
 
     def shutdown(self) -> None:
         """Gives up what is still generated."""
         self.abort_request(abort_all=True)
+        self._thread.shutdown()
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """Ends one request, or all, as they stand; whoever iterates over one gets what was generated."""
-        rids = list(self._generations) if abort_all else [rid] if rid in self._generations else []
-        if rids:
-            self.link.inbox.append(AbortReq(rids))
-            self._step()
+        running = list(self._generations.values())
+        sequences = [g.sequence for g in running if abort_all or g.choice.rid == rid]
+        if sequences:
+            with self._stepping:
+                self.link.inbox.append(AbortReq(sequences))
+                self._step()
 
     def __enter__(self) -> Engine:
         return self
@@ -123,25 +132,64 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
 
-    def _stream(self, requests: list[TokenizedGenerateReqInput], single: bool) -> Iterator[dict[str, Any]]:
-        """Runs the scheduler until the requests are finished; aborts them if the caller stops before."""
-        generations = [Generation.start(r, self.tokenizer) for r in requests]
-        self._generations |= {g.rid: g for g in generations}
-        self.link.inbox.extend(requests)
+    def _batch(self, prompt: Any, sampling_params: Any, input_ids: Any, stream: bool, fields: Any) -> Batch:
+        if (prompt is None) == (input_ids is None):
+            raise ValueError("give either prompt or input_ids")
+        given = {"text": prompt, "input_ids": input_ids, "sampling_params": sampling_params, "stream": stream}
         try:
-            while any(not g.finished or g.has_news for g in generations):
-                for index, generation in enumerate(generations):
-                    if generation.has_news:
-                        generation.has_news = False
-                        yield generation.choice.native() | ({} if single else {"index": index})
-                if any(not g.finished for g in generations):
-                    self._step()
+            body = parse_members(GenerateReqInput, given | fields)
+            choices = [choice for item in items(body) for choice in self._choices(item)]
+        except RequestError as error:
+            raise ValueError(error.message) from None
+        for choice in choices:
+            self.scheduler.validate(choice.request)
+        return Batch([Generation.start(choice, self.tokenizer) for choice in choices], body)
+
+    def _choices(self, item: Item) -> list[Choice]:
+        ids = item.prompt if isinstance(item.prompt, list) else self.tokenizer.encode(item.prompt)
+        limit = item.sampling.max_new_tokens
+        return [
+            item.choice(number, ids, item.sampling.sampling_params(limit, number))
+            for number in range(item.sampling.n or 1)
+        ]
+
+    @contextmanager
+    def _running(self, batch: Batch) -> Iterator[None]:
+        """Hands the batch to the scheduler; what is not finished at the end is aborted in the next step."""
+        self._generations |= {g.sequence: g for g in batch.generations}
+        self.link.inbox.extend(g.choice.request for g in batch.generations)
+        try:
+            yield
         finally:
-            left = [generation.rid for generation in generations if not generation.finished]
-            if left:
+            if left := [g.sequence for g in batch.generations if not g.finished]:
                 self.link.inbox.append(AbortReq(left))
-            for generation in generations:
-                self._generations.pop(generation.rid, None)
+            for generation in batch.generations:
+                self._generations.pop(generation.sequence, None)
+
+    def _stream(self, batch: Batch) -> Iterator[Answer]:
+        with self._running(batch):
+            finished = False
+            while not finished:
+                news, finished = self._advance(batch)
+                yield from news
+
+    async def _async_stream(self, batch: Batch) -> AsyncIterator[Answer]:
+        with self._running(batch):
+            finished = False
+            while not finished:
+                news, finished = await self._advance_in_thread(batch)
+                for one in news:
+                    yield one
+
+    async def _advance_in_thread(self, batch: Batch) -> tuple[list[Answer], bool]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._advance, batch)
+
+    def _advance(self, batch: Batch) -> tuple[list[Answer], bool]:
+        """What is new of a batch, after a step of all batches where nothing was; and whether that is all."""
+        with self._stepping:
+            if not (batch.has_news or batch.finished):
+                self._step()
+            return batch.news(), batch.finished
 
     def _step(self) -> None:
         self.scheduler.step()
@@ -164,12 +212,13 @@ class Generation:
     has_news: bool = False  # something has come since the caller was last told
 
     @classmethod
-    def start(cls, request: TokenizedGenerateReqInput, tokenizer: PreTrainedTokenizerBase) -> Generation:
-        text = OutputText(tokenizer, request.sampling_params, request.return_token_sources)
-        return cls(Choice(request, request.rid), text)
+    def start(cls, choice: Choice, tokenizer: PreTrainedTokenizerBase) -> Generation:
+        request = choice.request
+        return cls(choice, OutputText(tokenizer, request.sampling_params, request.return_token_sources))
 
     @property
-    def rid(self) -> str:
+    def sequence(self) -> str:
+        """The scheduler's name for it."""
         return self.choice.request.rid
 
     @property
@@ -182,18 +231,47 @@ class Generation:
         self.has_news = True
 
 
-def parse_sampling_params(given: dict[str, Any]) -> SamplingParams:
-    """Raises ValueError that names an unknown parameter, or one of the wrong type."""
-    if unknown := sorted(given.keys() - SAMPLING_PARAMS):
-        raise ValueError(f"unknown sampling parameter {unknown[0]!r}")
-    given = {name: value for name, value in given.items() if value is not None}
-    if isinstance(given.get("stop"), str):
-        given["stop"] = (given["stop"],)
+class Batch:
+    """The sequences of one call."""
+
+    def __init__(self, generations: list[Generation], body: GenerateReqInput) -> None:
+        self.generations = generations
+        self._single = len(generations) == 1 and not body.is_batch
+        self._stream = bool(body.stream)
+
+    @property
+    def has_news(self) -> bool:
+        return any(g.has_news for g in self.generations)
+
+    @property
+    def finished(self) -> bool:
+        return all(g.finished for g in self.generations)
+
+    def news(self) -> list[Answer]:
+        """Those with news, as they stand; nothing where nobody follows them."""
+        news = []
+        for index, generation in enumerate(self.generations):
+            if generation.has_news and self._stream:
+                news.append(generation.choice.native() | ({} if self._single else {"index": index}))
+            generation.has_news = False
+        return news
+
+    def answer(self) -> Answer | list[Answer]:
+        answers = [generation.choice.native() for generation in self.generations]
+        return answers[0] if self._single else answers
+
+
+def _server_args(given: dict[str, Any]) -> ServerArgs:
+    """Raises TypeError and ValueError in the words of a caller: keywords, not flags."""
+    if isinstance(given.get("server_args"), ServerArgs) and len(given) == 1:
+        return given["server_args"]
+    for wrong in unknown_names(ServerArgs, list(given)):
+        raise TypeError(f"Engine has no argument {wrong}")
+    if "model_path" not in given:
+        raise TypeError("Engine needs model_path")
     try:
-        return msgspec.convert(given, SamplingParams)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"sampling_params: {error}") from error
-
-
-def _is_nested(prompts: list[int] | list[list[int]]) -> bool:
-    return any(isinstance(one, list) for one in prompts)
+        return ServerArgs(**given)
+    except ValueError as error:
+        names = {flag(f): f for f in ServerArgs.__dataclass_fields__}
+        message = re.sub(r"--[a-z0-9-]+", lambda found: names.get(found[0], found[0]), str(error))
+        raise ValueError(message) from None

@@ -47,6 +47,10 @@ class GenerateReqInput(Body):
         return given if self.is_batch else [given]
 
     @property
+    def prompt_name(self) -> str:
+        return "text" if self.text is not None else "input_ids"
+
+    @property
     def is_batch(self) -> bool:
         if self.text is not None:
             return isinstance(self.text, list)

@@ -5,6 +5,7 @@ A parameter that this server does not implement is an error, unless its value as
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -50,6 +51,15 @@ def parse_body(kind: type[B], body: bytes) -> B:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise _request_error(error) from error
+
+
+def parse_members(kind: type[B], members: dict[str, Any]) -> B:
+    """The same from Python values, by the same rules. Raises RequestError (400) that names the parameter."""
+    try:
+        body = json.dumps(members)
+    except (TypeError, ValueError) as error:
+        raise RequestError.bad(f"a parameter is no JSON value: {error}") from error
+    return parse_body(kind, body.encode())
 
 
 def _request_error(error: ValidationError) -> RequestError:

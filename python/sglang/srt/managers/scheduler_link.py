@@ -34,9 +34,7 @@ class LocalLink:
         self.outbox: deque[FromScheduler] = deque()
 
     def receive(self, block: bool) -> list[ToScheduler]:
-        messages = list(self.inbox)
-        self.inbox.clear()
-        return messages
+        return [self.inbox.popleft() for _ in range(len(self.inbox))]  # others may be adding
 
     def send(self, message: FromScheduler) -> None:
         self.outbox.append(message)
