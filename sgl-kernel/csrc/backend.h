@@ -12,7 +12,7 @@
 
 namespace sgl_kernel {
 
-constexpr int kBlockThreads = 256;  // threads of a block, in all kernels
+constexpr int kBlockThreads = 256;  // threads of a block, in the kernels that have no reason for another number
 constexpr int kBlocksPerSm = 5;     // resident together: 48 registers a thread, enough loads in flight for the memory
 
 struct CopyParams;
@@ -23,8 +23,8 @@ namespace backend {
 
 const char* device_name();                      // "cpu" or "cuda"
 int32_t device_type();                          // torch's number for it
-void prepare(int32_t device_index);             // loads the kernels, so that a later launch may be captured in a graph
-int32_t resident_blocks(int32_t device_index);  // blocks of kBlockThreads that run at the same time
+void prepare(int32_t device_index);             // loads the kernels, once, so that a later launch may be captured
+int32_t multiprocessors(int32_t device_index);  // what blocks run on at the same time
 
 // They enqueue on the device's current stream and return at once (the CPU: when done).
 void launch_copy(const CopyParams& params, int32_t device_index);

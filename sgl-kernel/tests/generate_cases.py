@@ -180,7 +180,7 @@ def write_reference(
 ) -> None:
     """All metadata of one destination, in torch, on the CPU."""
     bs, per_req = case.bs, case.rows_per_req
-    kv = (seq_lens.long() + offset).clamp(min=0)  # [bs]
+    kv = (seq_lens.long().clamp(-(2**30), 2**30) + offset).clamp(min=0)  # [bs]
     accepted = accepted.long().clamp(0, per_req)  # [bs]
     column = torch.arange(per_req)
     if case.mode == TARGET_VERIFY:

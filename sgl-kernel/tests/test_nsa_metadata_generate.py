@@ -52,6 +52,32 @@ CORNER = [
         token_width=100,
     ),
     GenerateCase(DECODE, 4, (), ((1, 2, 3, 4),)),
+    # Lengths that no pool has: with the larger offset the sum once left 64 bits, and CUDA wrote no table.
+    *[
+        generate_case(
+            bs=5,
+            lengths=(2**63 - 1, 2**31, -(2**63), 2**30, 7),
+            width=70,
+            offsets=(0, 1),
+            seq_lens_dtype=torch.int64,
+            **mode,
+        )
+        for mode in MODES
+    ],
+    generate_case(DECODE, 3, (2**31 - 1, -(2**31), 2**30 + 1), width=70, offsets=(2**24, -(2**24))),
+    # Tables of different widths, aligned and not, over several tiles.
+    *[
+        GenerateCase(
+            bs=7,
+            dsts=(DestinationSpec(1, 9000, 141), DestinationSpec(2, 2500, 40), DestinationSpec(0, None, 100)),
+            seq_lens=((9000, 2048, 2047, 4096, 1, 6143, 8191), (0, 9, 0, 5000, 9000, 2049, 4097)),
+            token_width=9000,
+            token_extra=extra,
+            **mode,
+        )
+        for mode in MODES
+        for extra in (0, 1)
+    ],
 ]
 PERFORMANCE = [
     generate_case(DECODE, 2, (131072, 70000), offsets=(0, 1)),

@@ -113,6 +113,11 @@ GENERATE = [
         lambda a, d: {"accept_lens": a["accept_lens"].long()},
     ),
     reject(
+        "seqlens_offset",
+        "destinations[1].seqlens_offset: expected -16777216 .. 16777216, found 16777217",
+        with_field("seqlens_offset", lambda d: 2**24 + 1),
+    ),
+    reject(
         "a destination without fields",
         "destinations[1]: expected at least one tensor, found none",
         lambda a, d: {"destinations": [good_destination(d), MetadataDestination(seqlens_offset=1)]},

@@ -41,4 +41,29 @@ inline cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Loads a kernel now: the driver would load it at its first launch, which may be in a capture. The calls that capturing
+// forbids to a thread are allowed meanwhile; loading is none of the captured work.
+template <typename Kernel>
+void load_kernel(Kernel* kernel, const char* name) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  check_cuda(status, name);
+}
+
+// Enqueues a kernel, whose one argument is `params`, on the current stream. The status is that of this launch.
+template <typename Params>
+void launch_kernel(void (*kernel)(Params), const char* name, uint32_t blocks, uint32_t threads, const Params& params,
+                   int32_t device_index) {
+  const DeviceScope scope(device_index);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = current_stream(device_index);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), name);
+}
+
 }  // namespace sgl_kernel

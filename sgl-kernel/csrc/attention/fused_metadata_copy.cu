@@ -1,4 +1,4 @@
-// CUDA backend: device queries and the launch of the copy.
+// CUDA backend: device queries, loading of the kernels, and the launch of the copy.
 #include <algorithm>
 #include <atomic>
 
@@ -8,8 +8,20 @@
 
 namespace sgl_kernel {
 
-void load_generate_kernel();            // nsa_metadata_generate.cu
+void load_generate_kernels();           // nsa_metadata_generate.cu
 void load_paged_mqa_schedule_kernel();  // paged_mqa_schedule.cu
+
+namespace {
+
+constexpr int kMaxDevices = 64;  // of which something is remembered
+
+int32_t count_multiprocessors(int32_t device_index) {
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index), "counting multiprocessors");
+  return count;
+}
+
+}  // namespace
 
 namespace backend {
 
@@ -17,34 +29,33 @@ const char* device_name() { return "cuda"; }
 int32_t device_type() { return aoti_torch_device_type_cuda(); }
 
 void prepare(int32_t device_index) {
+  static std::atomic<bool> loaded[kMaxDevices];
+  const bool known = device_index >= 0 && device_index < kMaxDevices;
+  if (known && loaded[device_index].load(std::memory_order_acquire)) return;
   const DeviceScope scope(device_index);
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, fused_metadata_copy_kernel), "loading fused_metadata_copy_kernel");
-  load_generate_kernel();
+  load_kernel(fused_metadata_copy_kernel, "loading fused_metadata_copy_kernel");
+  load_generate_kernels();
   load_paged_mqa_schedule_kernel();
+  if (known) loaded[device_index].store(true, std::memory_order_release);
 }
 
-// Asked once per device.
-int32_t resident_blocks(int32_t device_index) {
-  static std::atomic<int32_t> known[64];
-  if (device_index < 0 || device_index >= 64) return 132 * kBlocksPerSm;
-  int32_t blocks = known[device_index].load(std::memory_order_relaxed);
-  if (blocks == 0) {
-    int sms = 0;
-    check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device_index), "counting SMs");
-    blocks = sms * kBlocksPerSm;
-    known[device_index].store(blocks, std::memory_order_relaxed);
+int32_t multiprocessors(int32_t device_index) {
+  static std::atomic<int32_t> counts[kMaxDevices];
+  if (device_index < 0 || device_index >= kMaxDevices) return count_multiprocessors(device_index);
+  int32_t count = counts[device_index].load(std::memory_order_relaxed);
+  if (count == 0) {
+    count = count_multiprocessors(device_index);
+    counts[device_index].store(count, std::memory_order_relaxed);
   }
-  return blocks;
+  return count;
 }
 
 // One block per tile while all blocks are resident together; beyond that every block takes several tiles.
 void launch_copy(const CopyParams& params, int32_t device_index) {
   if (params.num_tiles == 0) return;
-  const DeviceScope scope(device_index);
-  const uint32_t blocks = std::min(params.num_tiles, static_cast<uint32_t>(resident_blocks(device_index)));
-  fused_metadata_copy_kernel<<<blocks, kBlockThreads, 0, current_stream(device_index)>>>(params);
-  check_cuda(cudaGetLastError(), "launch of fused_metadata_copy_kernel");
+  const uint32_t resident = static_cast<uint32_t>(multiprocessors(device_index) * kBlocksPerSm);
+  launch_kernel(fused_metadata_copy_kernel, "launch of fused_metadata_copy_kernel",
+                std::min(params.num_tiles, resident), kBlockThreads, params, device_index);
 }
 
 }  // namespace backend

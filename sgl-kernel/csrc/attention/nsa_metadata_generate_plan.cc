@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <iterator>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "attention/nsa_metadata_generate.cuh"
@@ -14,8 +15,7 @@ namespace {
 
 constexpr const char* kOp = "nsa_metadata_generate";
 constexpr uint64_t kMagic = 0x67656e657261u * 256 + kAbiVersion;
-constexpr int64_t kMaxColumns = int64_t{1} << 30;  // column arithmetic is 32-bit; offsets are 64-bit
-constexpr int64_t kMaxRows = int64_t{1} << 24;
+constexpr int64_t kMaxColumns = kMaxLength;  // column arithmetic is 32-bit; offsets are 64-bit
 
 // The fields of a destination, in the order in which their tensors stand in `dsts`. Bit f of dst_fields[d]
 // says that destination d has field f; it has at least one.
@@ -50,18 +50,18 @@ struct PlanArgs {
   int64_t rows() const { return bs * rows_per_req; }
 };
 
-void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+void check_range(const FieldName& name, int64_t value, int64_t least, int64_t most) {
   if (value >= least && value <= most) return;
-  reject(kOp, {name}, std::to_string(least) + " .. " + std::to_string(most), value);
+  reject(kOp, name, std::to_string(least) + " .. " + std::to_string(most), value);
 }
 
 void check_scalars(const PlanArgs& args) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  check_range("mode", args.mode, 0, 2);
-  check_range("bs", args.bs, 0, kMaxRows);
-  check_range("page_size", args.page_size, 1, kMost);
-  check_range("topk", args.topk, 1, kMost);
-  check_range("rows_per_req", args.rows_per_req, 1, args.mode == 0 ? 1 : kMaxRows / std::max<int64_t>(args.bs, 1));
+  check_range({"mode"}, args.mode, 0, 2);
+  check_range({"bs"}, args.bs, 0, kMaxRows);
+  check_range({"page_size"}, args.page_size, 1, kMost);
+  check_range({"topk"}, args.topk, 1, kMost);
+  check_range({"rows_per_req"}, args.rows_per_req, 1, args.mode == 0 ? 1 : kMaxRows / std::max<int64_t>(args.bs, 1));
   if (args.packed && args.mode != 2) reject(kOp, {"packed"}, "False outside DRAFT_EXTEND (mode 2)", "True");
   if (args.has_accept_lens != (args.mode == 2)) {
     reject(kOp, {"accept_lens"}, args.mode == 2 ? "a tensor in DRAFT_EXTEND" : "None outside DRAFT_EXTEND",
@@ -93,7 +93,7 @@ void check_inputs(PlanArgs& args) {
 struct Destination {
   TensorView fields[kNumDestinationFields];
   bool has[kNumDestinationFields] = {};
-  int64_t seqlens_offset = 0;
+  int32_t seqlens_offset = 0;
   bool has_vectors() const {
     for (int f = 0; f < kNumDestinationFields; ++f) {
       if (has[f] && kFields[f].dim == 1) return true;
@@ -178,24 +178,36 @@ bool rows_start_on_16_bytes(const void* data, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 4 == 0;
 }
 
-// Sets what depends on all tables of the launch, the grid included.
-void finish(GenerateParams& launch, int32_t resident_blocks) {
-  launch.aligned = rows_start_on_16_bytes(launch.req_to_token, launch.token_stride);
-  launch.max_offset = std::numeric_limits<int64_t>::min();
-  int64_t max_cols = 0;
+// Sets what depends on all tables of the launch.
+void set_tables(GenerateParams& launch, int32_t multiprocessors) {
+  if (launch.num_tables == 0) return;
+  launch.max_offset = launch.min_offset = launch.tables[0].seqlens_offset;
+  bool aligned = rows_start_on_16_bytes(launch.req_to_token, launch.token_stride);
+  int64_t max_cols = 0, common_cols = kMaxColumns;
   for (int t = 0; t < launch.num_tables; ++t) {
     const GenerateTables& tables = launch.tables[t];
-    launch.aligned = launch.aligned && rows_start_on_16_bytes(tables.page_table_1, tables.stride1);
     launch.max_offset = std::max(launch.max_offset, tables.seqlens_offset);
+    launch.min_offset = std::min(launch.min_offset, tables.seqlens_offset);
+    launch.has_pages = launch.has_pages || tables.width2 > 0;
     const int64_t last_page_column = tables.width2 > 0 ? (tables.width2 - int64_t{1}) * launch.page_size + 1 : 0;
     max_cols = std::max({max_cols, int64_t{tables.width1}, last_page_column});
+    if (tables.page_table_1 == nullptr) continue;
+    aligned = aligned && rows_start_on_16_bytes(tables.page_table_1, tables.stride1);
+    common_cols = std::min(common_cols, int64_t{tables.width1});
   }
   launch.max_cols = static_cast<int32_t>(max_cols);
-  // Enough blocks on each request to fill the device when few requests are long, one wave of them when all
-  // are.
-  const int64_t wanted = std::max<int64_t>(4, resident_blocks / std::max(launch.bs, 1));
-  const int64_t most = std::max<int64_t>(1, (max_cols + kColumnsPerBlock - 1) / kColumnsPerBlock);
-  launch.col_blocks = static_cast<int32_t>(std::min(wanted, most));
+  launch.common_cols = aligned ? static_cast<int32_t>(common_cols) : 0;
+  if (launch.bs == 0) return;
+
+  // One wave of blocks. Should they take several tiles each, then not always those of the same requests: their number
+  // has no factor in common with bs.
+  const int64_t tiles = (max_cols + kTileColumns - 1) / kTileColumns * launch.bs;
+  const int64_t resident = int64_t{multiprocessors} * kGenerateBlocksPerSm - launch.num_vectors;
+  int64_t blocks = std::min(tiles, std::max<int64_t>(resident, 1));
+  while (blocks < tiles && std::gcd(blocks, int64_t{launch.bs}) != 1) --blocks;
+  launch.table_blocks = static_cast<int32_t>(blocks);
+  launch.next_request = static_cast<int32_t>(blocks % launch.bs);
+  launch.next_chunk = static_cast<int32_t>(blocks / launch.bs);
 }
 
 GenerateParams common_params(const PlanArgs& args) {
@@ -208,10 +220,8 @@ GenerateParams common_params(const PlanArgs& args) {
   p.pool_size = args.req_to_token.rows;
   p.topk = static_cast<int32_t>(args.topk);
   p.page_size = static_cast<int32_t>(args.page_size);
-  p.page_shift = -1;
-  for (int shift = 0; shift < 31; ++shift) {
-    if ((int64_t{1} << shift) == args.page_size) p.page_shift = shift;
-  }
+  p.by_page_size = divisor(args.page_size);
+  p.by_bs = divisor(std::max<int64_t>(args.bs, 1));
   p.bs = static_cast<int32_t>(args.bs);
   p.rows_per_req = static_cast<int32_t>(args.rows_per_req);
   p.mode = static_cast<Mode>(args.mode);
@@ -229,7 +239,7 @@ std::vector<GenerateParams> make_launches(const PlanArgs& args, const std::vecto
     if (dsts[d].has_vectors()) launch.vectors[launch.num_vectors++] = vectors_of(dsts[d]);
     add_tables(launch, tables_of(dsts[d]));
   }
-  for (GenerateParams& launch : launches) finish(launch, backend::resident_blocks(args.seq_lens.device_index));
+  for (GenerateParams& launch : launches) set_tables(launch, backend::multiprocessors(args.seq_lens.device_index));
   return launches;
 }
 
@@ -272,7 +282,8 @@ void nsa_metadata_generate_plan(StableIValue* stack, uint64_t, uint64_t) {
       dsts[d].fields[f] = view_tensor(tensors[next++].get(), name);
       dsts[d].has[f] = true;
     }
-    dsts[d].seqlens_offset = seqlens_offsets[d];
+    check_range({"", "destinations[%d].seqlens_offset", d}, seqlens_offsets[d], -kMaxOffset, kMaxOffset);
+    dsts[d].seqlens_offset = static_cast<int32_t>(seqlens_offsets[d]);
     check_destination(dsts[d], args);
   }
 

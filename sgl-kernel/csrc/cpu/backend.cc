@@ -18,18 +18,17 @@ void write_vectors(const GenerateParams& p, const GenerateVectors& out) {
   if (out.cu_seqlens_k != nullptr) out.cu_seqlens_k[0] = 0;
   if (out.nsa_cu_seqlens_k != nullptr) out.nsa_cu_seqlens_k[0] = 0;
   for (int32_t i = 0; i < p.bs; ++i) {
-    const int64_t kv = kv_len(seq_len(p, i), out.seqlens_offset);
-    const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
-    const int64_t cached = cache_seqlen(p, kv);
+    const Request request = load_request(p, p.mode, i);
+    const int32_t kv = kv_len(request.seq_len, out.seqlens_offset), cached = cache_seqlen(p, p.mode, kv);
     kv_sum += static_cast<uint32_t>(cached);
-    if (out.cache_seqlens != nullptr) out.cache_seqlens[i] = static_cast<int32_t>(cached);
+    if (out.cache_seqlens != nullptr) out.cache_seqlens[i] = cached;
     if (out.cu_seqlens_k != nullptr) out.cu_seqlens_k[i + 1] = static_cast<int32_t>(kv_sum);
-    for (int32_t j = 0; j < rows; ++j, ++row) {
-      const int64_t len = row_len(p, kv, accepted, j), kept = smaller(len, p.topk);
+    for (int32_t j = 0; j < num_rows(p, p.mode, request.accepted); ++j, ++row) {
+      const int32_t len = row_len(p.mode, kv, request.accepted, j), kept = smaller(len, p.topk);
       nsa_sum += static_cast<uint32_t>(kept);
-      if (out.nsa_cache_seqlens != nullptr) out.nsa_cache_seqlens[row] = static_cast<int32_t>(kept);
+      if (out.nsa_cache_seqlens != nullptr) out.nsa_cache_seqlens[row] = kept;
       if (out.nsa_cu_seqlens_k != nullptr) out.nsa_cu_seqlens_k[row + 1] = static_cast<int32_t>(nsa_sum);
-      if (out.seqlens_expanded != nullptr) out.seqlens_expanded[row] = static_cast<int32_t>(len);
+      if (out.seqlens_expanded != nullptr) out.seqlens_expanded[row] = len;
     }
   }
 }
@@ -38,11 +37,10 @@ void write_tables(const GenerateParams& p, const GenerateTables& table) {
   int64_t row = 0;
   for (int32_t i = 0; i < p.bs; ++i) {
     const int32_t* const tokens = token_row(p, i);
-    const int64_t kv = kv_len(seq_len(p, i), table.seqlens_offset);
-    const int32_t accepted = accept_len(p, i), rows = num_rows(p, accepted);
-    for (int32_t j = 0; j < rows; ++j, ++row) {
-      const int64_t len = row_len(p, kv, accepted, j);
-      const int64_t live = smaller(len, table.width1);
+    const Request request = load_request(p, p.mode, i);
+    const int32_t kv = kv_len(request.seq_len, table.seqlens_offset);
+    for (int32_t j = 0; j < num_rows(p, p.mode, request.accepted); ++j, ++row) {
+      const int32_t len = row_len(p.mode, kv, request.accepted, j), live = smaller(len, table.width1);
       if (live > 0) std::memcpy(table.page_table_1 + row * table.stride1, tokens, live * sizeof(int32_t));
       if (table.real_page_table == nullptr) continue;
       int32_t* const pages = table.real_page_table + row * table.stride2;
@@ -73,7 +71,7 @@ namespace backend {
 const char* device_name() { return "cpu"; }
 int32_t device_type() { return aoti_torch_device_type_cpu(); }
 void prepare(int32_t) {}
-int32_t resident_blocks(int32_t) { return 1; }
+int32_t multiprocessors(int32_t) { return 1; }
 
 void launch_copy(const CopyParams& params, int32_t) {
   for (uint32_t r = 0; r < params.num_regions; ++r) {

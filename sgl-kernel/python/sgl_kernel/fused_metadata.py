@@ -89,7 +89,7 @@ class MetadataDestination:
     seqlens_expanded: torch.Tensor | None = None  # [>= rows]
     # [>= rows, width2], width2 at most ceil(req_to_token's / page_size)
     real_page_table: torch.Tensor | None = None
-    seqlens_offset: int = 0  # added to every seq_len (draft step i: i + 1)
+    seqlens_offset: int = 0  # added to every seq_len (draft step i: i + 1); -2^24 .. 2^24
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """In the order of the operator's fields."""
@@ -108,8 +108,8 @@ class NSAMetadataGeneratePlan:
     """Generates all metadata of all destinations from seq_lens, req_pool_indices and req_to_token, on the
     device.
 
-    Up to 32 destinations are one launch. With L_i = max(seq_lens[i] + seqlens_offset, 0), row j of request
-    i has length
+    Up to 32 destinations are one launch. With L_i = max(seq_lens[i] + seqlens_offset, 0), where a seq_len
+    above 2^30 counts as 2^30, row j of request i has length
 
     - mode 0, DECODE: one row, L_i; cache_seqlens[i] = L_i
     - mode 1, TARGET_VERIFY: rows_per_req rows, L_i + 1 + j; cache_seqlens[i] = L_i + rows_per_req

@@ -1,5 +1,5 @@
 // Enough of CUDA to run the kernels on the CPU, thread by thread, so that the device code itself is tested
-// where there is no GPU: a block is kBlockThreads fibers that meet at barriers. Aborts on a misaligned load
+// where there is no GPU: a block is a fiber for each thread, which meet at barriers. Aborts on a misaligned load
 // and on a barrier that not all threads of the block reach (the kernels use block-wide collectives only). Not
 // fast, and not concurrent.
 #pragma once
@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 #define __CUDACC__ 1
@@ -38,7 +39,7 @@ using std::min;
 
 namespace emulation {
 
-constexpr int kThreads = 256, kWarp = 32, kStackBytes = 1 << 16;
+constexpr int kMaxThreads = 256, kWarp = 32, kStackBytes = 1 << 16;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulated kernel: %s\n", what);
@@ -47,27 +48,13 @@ constexpr int kThreads = 256, kWarp = 32, kStackBytes = 1 << 16;
 
 class Block {
  public:
-  // Runs `kernel` once per thread of one block.
-  void run(const std::function<void()>& kernel) {
+  // Runs `kernel` once per thread of every block, the last block first: no order may matter.
+  void launch(uint32_t blocks, int threads, const std::function<void()>& kernel) {
+    if (threads > kMaxThreads) fail("more threads than a block of the emulation has");
     kernel_ = kernel;
-    for (int t = 0; t < kThreads; ++t) {
-      getcontext(&fibers_[t]);
-      fibers_[t].uc_stack.ss_sp = stacks_.data() + t * kStackBytes;
-      fibers_[t].uc_stack.ss_size = kStackBytes;
-      fibers_[t].uc_link = &scheduler_;
-      makecontext(&fibers_[t], enter, 0);
-    }
-    int finished = 0;
-    while (finished == 0) {  // a round ends with all threads at the same barrier, or all at their end
-      finished = 0;
-      for (current_ = 0; current_ < kThreads; ++current_) {
-        done_ = false;
-        threadIdx.x = static_cast<uint32_t>(current_);
-        swapcontext(&scheduler_, &fibers_[current_]);
-        finished += done_;
-      }
-    }
-    if (finished != kThreads) fail("a barrier that not all threads reach");
+    threads_ = threads;
+    gridDim.x = blocks;
+    for (blockIdx.x = blocks; blockIdx.x-- > 0;) run();
   }
 
   void barrier() { swapcontext(&fibers_[current_], &scheduler_); }
@@ -84,12 +71,37 @@ class Block {
   }
 
  private:
+  void run() {
+    for (int t = 0; t < threads_; ++t) start(t);
+    int finished = 0;
+    while (finished == 0) {  // a round ends with all threads at the same barrier, or all at their end
+      finished = 0;
+      for (current_ = 0; current_ < threads_; ++current_) {
+        done_ = false;
+        threadIdx.x = static_cast<uint32_t>(current_);
+        swapcontext(&scheduler_, &fibers_[current_]);
+        finished += done_;
+      }
+    }
+    if (finished != threads_) fail("a barrier that not all threads reach");
+  }
+
+  void start(int thread) {
+    ucontext_t& fiber = fibers_[thread];
+    getcontext(&fiber);
+    fiber.uc_stack.ss_sp = stacks_.data() + thread * kStackBytes;
+    fiber.uc_stack.ss_size = kStackBytes;
+    fiber.uc_link = &scheduler_;
+    makecontext(&fiber, enter, 0);
+  }
+
   static void enter();
 
   std::function<void()> kernel_;
-  ucontext_t scheduler_, fibers_[kThreads];
-  std::vector<char> stacks_ = std::vector<char>(static_cast<size_t>(kThreads) * kStackBytes);
-  uint32_t values_[kThreads];
+  ucontext_t scheduler_, fibers_[kMaxThreads];
+  std::vector<char> stacks_ = std::vector<char>(static_cast<size_t>(kMaxThreads) * kStackBytes);
+  uint32_t values_[kMaxThreads];
+  int threads_ = 0;
   int current_ = 0;
   bool done_ = false;
 };
@@ -123,11 +135,15 @@ inline uint64_t __shfl_up_sync(unsigned mask, uint64_t value, int step) {
 
 inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {
   return emulation::block.exchange(value, [](int me, const uint32_t* values) {
-    const int first = me - me % emulation::kWarp;
-    uint32_t sum = 0;
-    for (int t = first; t < first + emulation::kWarp; ++t) sum += values[t];
-    return sum;
+    const uint32_t* const warp = values + (me - me % emulation::kWarp);
+    return std::accumulate(warp, warp + emulation::kWarp, uint32_t{0});
   });
 }
 
-inline void atomicAdd(uint32_t* address, uint32_t value) { *address += value; }
+inline int32_t __reduce_max_sync(unsigned, int32_t value) {
+  return static_cast<int32_t>(
+      emulation::block.exchange(static_cast<uint32_t>(value), [](int me, const uint32_t* values) {
+        const int32_t* const warp = reinterpret_cast<const int32_t*>(values) + (me - me % emulation::kWarp);
+        return static_cast<uint32_t>(*std::max_element(warp, warp + emulation::kWarp));
+      }));
+}
