@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 
 def load_kernels(device_type: str) -> ModuleType:
     """The library with operators for `device_type`. Raises ImportError with the reason."""
+    beside = f"{__package__.rpartition('.')[0]}.sgl_kernel"
     try:
-        library = importlib.import_module("sgl_kernel")
+        library = importlib.import_module(beside if importlib.util.find_spec(beside) else "sgl_kernel")
     except ImportError as error:
         raise ImportError(f"the kernel library is not installed: {error}") from error
     if not hasattr(library, "FusedMetadataCopyPlan"):

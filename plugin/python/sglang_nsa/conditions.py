@@ -1,0 +1,42 @@
+"""When the draft backends of a server must not share metadata: known before anything is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .family import Installed, UnsupportedError
+
+
+def require_supported(installed: Installed, wrapper: Any, server_args: Any) -> None:
+    """Raises UnsupportedError with the reason."""
+    backends = wrapper.attn_backends
+    if type(wrapper) is not installed.wrapper_class:
+        raise UnsupportedError(f"the multi-step backend is a {type(wrapper).__name__}")
+    foreign = [type(b).__name__ for b in backends if type(b) is not installed.backend_class]
+    if foreign:
+        raise UnsupportedError(f"the draft backends are wrapped or replaced: {', '.join(foreign)}")
+    if getattr(wrapper, "topk", 1) > 1:
+        raise UnsupportedError(f"drafts are trees (topk {wrapper.topk})")
+    if torch.version.hip is not None:
+        raise UnsupportedError("the device is an AMD GPU")
+    device = backends[0].req_to_token.device.type
+    if device not in ("cpu", "cuda"):
+        raise UnsupportedError(f"the device is {device}")
+    if any(b.req_to_token.data_ptr() != backends[0].req_to_token.data_ptr() for b in backends):
+        raise UnsupportedError("the draft backends have token tables of their own")
+    if getattr(server_args, "enable_two_batch_overlap", False):
+        raise UnsupportedError("two-batch overlap splits the draft batch")
+    graph_backend = _decode_graph_backend(server_args)
+    if graph_backend not in (None, "full"):
+        raise UnsupportedError(f"decode graphs are {graph_backend}")
+
+
+def _decode_graph_backend(server_args: Any) -> str | None:
+    """How decode graphs are captured; None where this SGLang knows one way only."""
+    if getattr(server_args, "enable_breakable_cuda_graph", False):
+        return "breakable"
+    config = getattr(server_args, "cuda_graph_config", None)
+    backend = getattr(getattr(config, "decode", None), "backend", None)
+    return None if backend is None else str(getattr(backend, "value", backend)).lower()

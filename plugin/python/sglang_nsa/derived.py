@@ -1,0 +1,95 @@
+"""Metadata that follows from the lengths: DeepGEMM's schedule, top-k plans, FlashMLA's tiles.
+
+SGLang refreshes it inside each backend's own refresh. Here it is computed for the first set and copied into
+the others, so that none of them stays behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .family import Installed, UnsupportedError
+
+Stage = Callable[[], None]
+PAGE_SIZE = 64  # of DeepGEMM's index cache
+
+
+def derived_stages(installed: Installed, backend: Any, sets: Sequence[Any]) -> list[Stage]:
+    """What refreshes the derived fields of `sets`, metadata of one batch size. Can be captured in a graph."""
+    first, others = sets[0], sets[1:]
+    stages: list[Stage] = []
+    if first.paged_mqa_schedule_metadata is not None:
+        stages.append(_schedule_stage(installed, first))
+    if getattr(first, "topk_v2_plan", None) is not None:
+        stages.append(_topk_plan_stage(backend, first))
+    copies = [
+        (getattr(other, name), getattr(first, name))
+        for name in ("paged_mqa_schedule_metadata", "topk_v2_plan")
+        if getattr(first, name, None) is not None
+        for other in others
+    ]
+    for metadata in sets:
+        lens_2d = getattr(metadata, "paged_mqa_ctx_lens_2d", None)
+        if lens_2d is not None and lens_2d.data_ptr() != metadata.cache_seqlens_int32.data_ptr():
+            copies.append((lens_2d, metadata.cache_seqlens_int32.view(lens_2d.shape)))
+    if copies:
+        targets, sources = ([*side] for side in zip(*copies))
+        stages.append(lambda: torch._foreach_copy_(targets, sources))
+    return stages
+
+
+def deep_gemm_schedule(installed: Installed) -> Callable[[torch.Tensor], torch.Tensor]:
+    """[bs, 1] lengths, int32 -> [num_sms + 1, 2], int32: the function that the installed SGLang calls."""
+    module = installed.module
+    if hasattr(module, "resolve_paged_mqa_logits_metadata_fn"):
+        function, num_sms = module.resolve_paged_mqa_logits_metadata_fn(), module.resolve_num_sms()
+    else:
+        deep_gemm = getattr(module, "deep_gemm", None) or importlib.import_module("deep_gemm")
+        function, num_sms = deep_gemm.get_paged_mqa_logits_metadata, deep_gemm.get_num_sms()
+    return lambda lens_2d: function(lens_2d, PAGE_SIZE, num_sms)
+
+
+def _schedule_stage(installed: Installed, metadata: Any) -> Stage:
+    target = metadata.paged_mqa_schedule_metadata  # [num_sms + 1, 2], int32
+    lens_2d = metadata.cache_seqlens_int32.view(-1, 1)  # [bs, 1], int32
+    compute = deep_gemm_schedule(installed)
+    return lambda: target.copy_(compute(lens_2d))
+
+
+def _topk_plan_stage(backend: Any, metadata: Any) -> Stage:
+    refresh = getattr(backend, "_refresh_topk_v2_plan", None)
+    if refresh is None:
+        raise UnsupportedError("topk_v2_plan is there, but no _refresh_topk_v2_plan")
+    return lambda: refresh(metadata)
+
+
+def fix_flashmla(backend: Any, metadata: Any) -> bool:
+    """Gives a batch size FlashMLA tiles of its own, if they do not depend on lengths.
+
+    SGLang keeps one buffer for all sizes and writes it before every replay. In sparse mode each row counts as
+    topk keys, so the tiles of one size are always the same. Call it before the graph is captured. The tensors
+    lie outside of the memory saver's region, which comes back as zeros.
+    """
+    tiles = metadata.flashmla_metadata
+    if tiles is None:
+        return True
+    lengths = metadata.cache_seqlens_int32
+    short, long = (
+        backend._compute_flashmla_metadata(cache_seqlens=torch.full_like(lengths, n), seq_len_q=1)
+        for n in (1, 1 << 14)
+    )
+    if not (
+        torch.equal(short.flashmla_metadata, long.flashmla_metadata)
+        and torch.equal(short.num_splits, long.num_splits)
+    ):
+        return False
+    own = copy.copy(tiles)
+    object.__setattr__(own, "flashmla_metadata", short.flashmla_metadata.clone())
+    object.__setattr__(own, "num_splits", short.num_splits.clone())
+    object.__setattr__(metadata, "flashmla_metadata", own)
+    return True

@@ -1,0 +1,165 @@
+"""The forms in which SGLang's releases keep the draft backends' metadata, told apart by what they have.
+
+A family is a multi-step class with three methods of known names and arguments. A release whose class or
+arguments are others belongs to no family: it is left alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+Method = Callable[..., Any]
+
+
+class UnsupportedError(Exception):
+    """What this SGLang or this server has that the plugin does not know; the reason."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One form. `methods` maps what is hooked to the arguments that it must take after `self`."""
+
+    name: str
+    module: str
+    wrapper: str  # the multi-step class
+    backend: str  # the class of its attn_backends
+    prefix: str  # of field and method names: nsa | dsa
+    methods: dict[str, tuple[str, ...]]
+    in_graph: tuple[str, ...]  # where the captured draft function begins: methods to hook for in_graph
+    capture: Callable[[Method, Any, Any], None]  # (SGLang's method, wrapper, batch)
+    replay: Callable[[Method, Any, Any, int], None]  # (SGLang's method, wrapper, batch, bs)
+    capture_method: str
+    replay_method: str
+
+
+def _capture_f1(method: Method, wrapper: Any, batch: Any) -> None:
+    method(wrapper, batch)
+
+
+def _replay_f1(method: Method, wrapper: Any, batch: Any, bs: int) -> None:
+    method(wrapper, batch, bs)
+
+
+def _capture_f2(method: Method, wrapper: Any, batch: Any) -> None:
+    method(wrapper, batch, in_capture=True)
+
+
+def _replay_f2(method: Method, wrapper: Any, batch: Any, bs: int) -> None:
+    method(wrapper, batch)
+
+
+FAMILIES = (
+    Family(
+        name="out_graph",  # 0.5.13 and later
+        module="sglang.srt.layers.attention.dsa_backend",
+        wrapper="DeepseekSparseAttnMultiStepBackend",
+        backend="DeepseekSparseAttnBackend",
+        prefix="dsa",
+        methods={
+            "init_cuda_graph_state": ("max_bs", "max_num_tokens"),
+            "init_forward_metadata_out_graph": ("forward_batch", "in_capture"),
+            "init_forward_metadata_in_graph": ("forward_batch",),
+        },
+        in_graph=(),
+        capture=_capture_f2,
+        replay=_replay_f2,
+        capture_method="init_forward_metadata_out_graph",
+        replay_method="init_forward_metadata_out_graph",
+    ),
+    Family(
+        name="capture_replay",  # up to 0.5.12.post1
+        module="sglang.srt.layers.attention.nsa_backend",
+        wrapper="NativeSparseAttnMultiStepBackend",
+        backend="NativeSparseAttnBackend",
+        prefix="nsa",
+        methods={
+            "init_cuda_graph_state": ("max_bs", "max_num_tokens"),
+            "init_forward_metadata_capture_cuda_graph": ("forward_batch",),
+            "init_forward_metadata_replay_cuda_graph": ("forward_batch", "bs"),
+        },
+        in_graph=(
+            "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker.draft_forward",
+            "sglang.srt.speculative.eagle_worker.EAGLEWorker.draft_forward",
+        ),
+        capture=_capture_f1,
+        replay=_replay_f1,
+        capture_method="init_forward_metadata_capture_cuda_graph",
+        replay_method="init_forward_metadata_replay_cuda_graph",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The installed SGLang's family, its classes, and its own methods before any hook."""
+
+    family: Family
+    module: ModuleType
+    wrapper_class: type
+    backend_class: type
+    own: dict[str, Method] = field(repr=False)
+
+    def target(self, method: str) -> str:
+        return f"{self.family.module}.{self.family.wrapper}.{method}"
+
+    def init_state(self, wrapper: Any, max_bs: int, max_num_tokens: int) -> None:
+        self.own["init_cuda_graph_state"](wrapper, max_bs, max_num_tokens)
+
+    def capture(self, wrapper: Any, batch: Any) -> None:
+        """SGLang's own planning of a batch size, of all backends of `wrapper`."""
+        self.family.capture(self.own[self.family.capture_method], wrapper, batch)
+
+    def replay(self, wrapper: Any, batch: Any, bs: int) -> None:
+        """SGLang's own refresh of all backends of `wrapper`."""
+        self.family.replay(self.own[self.family.replay_method], wrapper, batch, bs)
+
+    def set_prefill_impl(self, backend: Any) -> None:
+        getattr(backend, f"set_{self.family.prefix}_prefill_impl")(forward_batch=None)
+
+
+def find_installed() -> Installed:
+    """The family of the installed SGLang. Raises UnsupportedError with what was looked for and not found."""
+    reasons = []
+    for family in FAMILIES:
+        try:
+            return _probe(family)
+        except UnsupportedError as error:
+            reasons.append(f"{family.name}: {error}")
+    raise UnsupportedError("; ".join(reasons))
+
+
+def _probe(family: Family) -> Installed:
+    if importlib.util.find_spec(family.module) is None:
+        raise UnsupportedError(f"there is no {family.module}")
+    module = importlib.import_module(family.module)
+    classes = []
+    for name in (family.wrapper, family.backend):
+        found = getattr(module, name, None)
+        if not isinstance(found, type):
+            raise UnsupportedError(f"{family.module} has no class {name}")
+        classes.append(found)
+    wrapper_class, backend_class = classes
+    own = {name: _own_method(wrapper_class, name, expected) for name, expected in family.methods.items()}
+    needed = f"set_{family.prefix}_prefill_impl"
+    if not hasattr(backend_class, needed):
+        raise UnsupportedError(f"{family.backend} has no {needed}")
+    return Installed(family, module, wrapper_class, backend_class, own)
+
+
+def _own_method(owner: type, name: str, expected: tuple[str, ...]) -> Method:
+    method = owner.__dict__.get(name)
+    if method is None:
+        raise UnsupportedError(f"{owner.__name__} has no {name}")
+    method = inspect.unwrap(method)
+    found = tuple(inspect.signature(method).parameters)[1:]
+    if found != expected:
+        raise UnsupportedError(
+            f"{owner.__name__}.{name} takes ({', '.join(found)}), not ({', '.join(expected)})"
+        )
+    return method

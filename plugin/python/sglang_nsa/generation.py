@@ -1,0 +1,64 @@
+"""The metadata of one captured batch size: planned over static inputs, written by one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .derived import Stage, derived_stages, fix_flashmla
+from .family import Installed, UnsupportedError
+from .nsa.metadata import NSAMetadata
+from .nsa.metadata_generators import Destination, FusedGenerator
+from .nsa.nsa_backend_mtp_precompute import MetadataInputs
+from .sglang_metadata import core_view
+
+
+class Generation:
+    """Brings `sets`, the metadata of one batch size of `backends`, up to date. Can be captured."""
+
+    def __init__(
+        self, installed: Installed, backends: Sequence[Any], sets: Sequence[Any], batch: Any, topk: int
+    ) -> None:
+        """`batch` holds the static inputs at their captured size. Raises ImportError without the kernel
+        library, UnsupportedError or RuntimeError where a tensor is not what the kernels take."""
+        self.seq_lens = batch.seq_lens  # [bs], int32 or int64
+        self.req_pool_indices = batch.req_pool_indices  # [bs], int64
+        for backend, metadata in zip(backends, sets):
+            if not fix_flashmla(backend, metadata):
+                raise UnsupportedError("FlashMLA's tiles depend on the lengths")
+        req_to_token = backends[0].req_to_token  # [pool, width], int32
+        prefix = installed.family.prefix
+        views = [_fitted(core_view(m, prefix, topk, self.seq_lens), req_to_token) for m in sets]
+        inputs = MetadataInputs(views[0].shape, self.seq_lens, self.req_pool_indices, req_to_token)
+        self._generator = FusedGenerator(inputs, [Destination(view) for view in views])
+        self._derived: list[Stage] = derived_stages(installed, backends[0], sets)
+
+    def run(self) -> None:
+        self._generator.run(-1)
+        for stage in self._derived:
+            stage()
+
+    def reads(self, batch: Any) -> bool:
+        """Whether the static inputs hold the batch's values. Reads the device."""
+        bs = batch.seq_lens.shape[0]
+        return bool(
+            (self.seq_lens[:bs] == batch.seq_lens).all()
+            & (self.req_pool_indices[:bs] == batch.req_pool_indices).all()
+        )
+
+
+def _fitted(view: NSAMetadata, req_to_token: torch.Tensor) -> NSAMetadata:
+    """Tables no wider than the token table: the columns beyond it can hold nothing."""
+    width = min(view.page_table_1.shape[1], req_to_token.shape[1])
+    pages = view.real_page_table
+    if pages is not None:
+        pages = pages[:, : -(-width // view.shape.page_size)]
+    return replace(
+        view,
+        shape=replace(view.shape, width=width),
+        page_table_1=view.page_table_1[:, :width],
+        real_page_table=pages,
+    )

@@ -1,0 +1,65 @@
+"""Compares the backends' metadata with what SGLang's own path computes, derived fields included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .nsa.metadata import as_precomputed
+from .nsa.metadata_check import MetadataDifference, MetadataMismatchError, first_difference
+from .own_path import Shadow
+from .sglang_metadata import core_view, tensor_fields
+
+# Up to so many rows the planner of top-k leaves its buffer unwritten, and nobody reads it.
+_TOPK_PLAN_ROWS = 30
+
+
+def difference(expected: Any, found: Any, prefix: str, topk: int, backend: int) -> MetadataDifference | None:
+    """The first element in which `found` differs from `expected`, both SGLang metadata of one batch size."""
+    reference = as_precomputed(core_view(expected, prefix, topk))
+    first = first_difference(reference, core_view(found, prefix, topk), backend)
+    if first is not None:
+        return first
+    generated = {"page_table_1", "real_page_table", "flashmla_metadata"}
+    for name, value in tensor_fields(expected):
+        other = getattr(found, name)
+        if name in generated or not isinstance(value, torch.Tensor):
+            continue
+        if name == "topk_v2_plan":
+            if found.cache_seqlens_int32.shape[0] <= _TOPK_PLAN_ROWS:
+                continue
+            value, other = value.sort(dim=0).values, other.sort(dim=0).values  # its order is not fixed
+        wrong = value.reshape(value.shape[0], -1) != other.reshape(value.shape[0], -1)
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            pair = (int(tensor.reshape(value.shape[0], -1)[row, column]) for tensor in (value, other))
+            return MetadataDifference(name, backend, row, column if value.dim() > 1 else None, *pair)
+    return None
+
+
+class Verifier:
+    """A second set of metadata, kept by SGLang's own path, for every captured batch size."""
+
+    def __init__(self, shadow: Shadow, topk: int) -> None:
+        self.shadow, self.topk = shadow, topk
+        self.prefix = shadow.installed.family.prefix
+        self.checked = 0
+
+    def compute(self, batch: Any, bs: int) -> None:
+        """SGLang's own metadata for the batch of this replay."""
+        self.shadow.replay(batch, bs)
+
+    def check(self, backends: list[Any], bs: int) -> None:
+        """Raises MetadataMismatchError where a backend differs from what was last computed for `bs`."""
+        expected = self.shadow.metadata(0, bs)
+        seen: set[int] = set()
+        for index, backend in enumerate(backends):
+            found = backend.decode_cuda_graph_metadata[bs]
+            if id(found) in seen:
+                continue
+            seen.add(id(found))
+            wrong = difference(expected, found, self.prefix, self.topk, index)
+            if wrong is not None:
+                raise MetadataMismatchError(wrong)
+        self.checked += 1

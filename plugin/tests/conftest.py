@@ -1,0 +1,58 @@
+"""These tests run in an environment of their own, beside a released SGLang (see `make test-plugin`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import stand_ins
+
+stand_ins.install()
+
+FLAGS = (
+    "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA",
+    "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA",
+    "SGLANG_NSA_PLUGIN_LAYOUT",
+    "SGLANG_NSA_PLUGIN_STRICT",
+    "SGLANG_NSA_PLUGIN_ALTERNATE",
+    "SGLANG_NSA_VERIFY_METADATA",
+)
+
+
+@pytest.fixture
+def plugin(monkeypatch) -> Iterator[Callable]:
+    """plugin(layout, **flags): loads the plugin as SGLang does, through its entry point and HookRegistry."""
+    import real_classes
+    import sglang.srt.plugins as plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang_nsa import entry
+    from sglang_nsa.family import find_installed
+
+    installed = find_installed()
+    names = ("__init__", *installed.family.methods)
+    before = {name: installed.wrapper_class.__dict__[name] for name in names}
+    registered = []
+    original = entry.register
+    monkeypatch.setattr(entry, "register", lambda: registered.append(original()))
+
+    real_classes.replace_fused_copy(monkeypatch, None)
+
+    def load(layout="shared", **flags):
+        for name in FLAGS:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("SGLANG_NSA_PLUGIN_LAYOUT", layout)
+        monkeypatch.setenv("SGLANG_PLUGINS", "sglang_nsa")
+        for name, value in flags.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(plugins, "_plugins_loaded", False)
+        HookRegistry.reset()
+        plugins.load_plugins()
+        hooks = registered[-1]
+        if hooks is not None:
+            object.__setattr__(hooks.installed, "construct", before["__init__"])
+        return hooks
+
+    yield load
+    HookRegistry.reset()
+    for name, method in before.items():
+        setattr(installed.wrapper_class, name, method)

@@ -1,0 +1,132 @@
+"""Starts released SGLang servers side by side on one machine, and stops them by their process ids."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BUNDLES = Path(os.environ.get("SGLANG_BUNDLES", ".plugin_gpu"))  # <release's folder>/launch.sh, and site/
+FOLDERS = {"0.5.12": "real_sglang", "0.5.17": "real_sglang_0517"}
+OUT = Path(os.environ.get("OUT_DIR", "plugin_gpu"))
+SITE = BUNDLES / "site"  # the plugin's wheel, unpacked, its dist-info included
+
+
+@dataclass
+class Server:
+    """One server. `layout` None: without the plugin."""
+
+    name: str
+    release: str
+    layout: str | None = "shared"
+    steps: int = 4
+    variant: str = "bf16"
+    env: dict[str, str] = field(default_factory=dict)
+    args: str = ""
+    port: int = 0
+    pid: int | None = None
+    launcher: subprocess.Popen | None = None
+
+    @property
+    def folder(self) -> Path:
+        return OUT / self.name
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "server.main.log"
+
+    def start(self, port: int) -> None:
+        self.port = port
+        self.folder.mkdir(parents=True, exist_ok=True)
+        env = os.environ | {
+            "PORT": str(port), "STEPS": str(self.steps), "VARIANT": self.variant,
+            "OUT": str(self.folder.resolve()),
+            "KEEP": "1", "CHECKS": "0", "NO_FALLBACK": "1", "PROBE": "0", "CLIENT": "true", "TAIL": "5",
+            "EXTRA_ARGS": f"--mem-fraction-static 0.7 {self.args}", "HEALTH_S": "280",
+        }  # fmt: skip
+        if self.layout is not None:
+            env |= {"EXTRA_PYTHONPATH": str(SITE.resolve()), "SGLANG_NSA_PLUGIN_LAYOUT": self.layout}
+            env |= {"SGLANG_NSA_PLUGIN_STRICT": "1"}
+        launch = BUNDLES / FOLDERS[self.release] / "launch.sh"
+        if (
+            self.release == "0.5.17"
+        ):  # what its own launch.sh generated when it was unpacked: only read from now on
+            launch = Path("/tmp/real_launch17/launch.sh")
+            env["EXTRA_ARGS"] += " --disable-prefill-cuda-graph"
+            for name in ("SGLANG_DSA", "SGLANG_NSA"):
+                env[f"{name}_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD"] = "0"
+        with open(self.folder / "launch.log", "w") as log:
+            self.launcher = subprocess.Popen(
+                ["bash", str(launch)],
+                env=env | self.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self) -> bool:
+        self.launcher.wait()
+        text = (self.folder / "launch.log").read_text(errors="replace")
+        found = re.search(r"left running, pid (\d+)", text)
+        self.pid = int(found.group(1)) if found else None
+        return self.pid is not None
+
+    def signal(self, number: int) -> None:
+        """To its process group: setsid made the server the leader of its own."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    def says(self, pattern: str = "sglang-nsa-plugin", last: int = 6) -> list[str]:
+        """The last lines of its log that name the plugin, without their time stamps."""
+        if not self.log.exists():
+            return ["(no server log)"]
+        lines = [
+            line for line in self.log.read_text(errors="replace").splitlines() if re.search(pattern, line)
+        ]
+        return [re.sub(r"^\[[^]]*\]\s*", "", line)[:600] for line in lines[-last:]]
+
+
+def unpack(releases: set[str]) -> None:
+    """Once, before servers start side by side."""
+    for release in sorted(releases):
+        env = os.environ | {"ONLY": "imports", "CHECKS": "0", "OUT": "/tmp/plugin_gpu_unpack", "PROBE": "0"}
+        launch = BUNDLES / FOLDERS[release] / "launch.sh"
+        subprocess.run(["bash", str(launch)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+class Servers:
+    """`with Servers([...]) as up:` starts all at once; `up` are those that answer."""
+
+    def __init__(self, servers: list[Server]) -> None:
+        self.servers = servers
+
+    def __enter__(self) -> list[Server]:
+        started = time.monotonic()
+        unpack({server.release for server in self.servers})
+        for i, server in enumerate(self.servers):
+            server.start(31000 + 50 * i)
+            time.sleep(1)
+        up = []
+        for server in self.servers:
+            ok = server.wait()
+            print(
+                f"{server.name}: {'up' if ok else 'DID NOT START'} after {time.monotonic() - started:.0f} s"
+            )
+            if ok:
+                up.append(server)
+            else:
+                print((server.folder / "launch.log").read_text(errors="replace")[-2500:])
+                print("\n".join(server.says("Error|error|exception|SystemExit|sglang-nsa", 25)))
+        return up
+
+    def __exit__(self, *exc: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for server in self.servers:
+                server.signal(number)
+            time.sleep(4 if number == signal.SIGTERM else 0)
