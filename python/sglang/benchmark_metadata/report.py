@@ -42,6 +42,8 @@ class Row:
     bytes: int | None = None  # read and written by the path
     table_bytes: int | None = None  # page tables kept allocated
     ratio: float | None = None  # completion of the per-backend computation / this completion
+    floor_us: float | None = None  # below which no implementation comes: see run.py
+    floor_ratio: float | None = None  # CUDA: gpu_us / floor_us; CPU: completion_us / floor_us
     iterations: int = 0
     skipped: str | None = None
 
@@ -52,6 +54,11 @@ class Row:
         self.enqueue_us = round(statistics.median(timing.enqueue), 2)
         self.iterations = len(timing.completion)
 
+    def set_floor(self, floor_us: float) -> None:
+        figure = self.gpu_us if self.device == "cuda" else self.completion_us
+        if figure is not None and floor_us > 0:
+            self.floor_us, self.floor_ratio = round(floor_us, 2), round(figure / floor_us, 3)
+
     def json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -59,7 +66,7 @@ class Row:
 _COLUMNS = (
     f"{'mode':<13} {'bs':>3} {'context':>7} {'N':>2} {'page':>4}  {'path':<9} {'copy':<9} {'generate':<8} "
     f"{'completion us':>13} {'p10':>8} {'p90':>8} {'enqueue us':>10} {'gpu us':>8} {'launches':>8} "
-    f"{'MB moved':>9} {'tables MiB':>10} {'ratio':>7}"
+    f"{'MB moved':>9} {'tables MiB':>10} {'ratio':>7} {'floor us':>8} {'x floor':>7}"
 )
 
 
@@ -79,7 +86,8 @@ def line(row: Row) -> str:
         f"{_number(row.completion_us, 13)} {_number(row.completion_p10_us, 8)} "
         f"{_number(row.completion_p90_us, 8)} {_number(row.enqueue_us, 10)} {_number(row.gpu_us, 8)} "
         f"{_number(row.launches, 8, 0)} {_number(row.bytes and row.bytes / 1e6, 9, 2)} "
-        f"{_number(row.table_bytes and row.table_bytes / 2**20, 10, 2)} {_number(row.ratio, 7, 2)}"
+        f"{_number(row.table_bytes and row.table_bytes / 2**20, 10, 2)} {_number(row.ratio, 7, 2)} "
+        f"{_number(row.floor_us, 8)} {_number(row.floor_ratio, 7, 2)}"
     )
 
 

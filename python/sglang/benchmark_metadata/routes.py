@@ -52,13 +52,13 @@ class Route:
         return MetadataMethods(self.copy, _GENERATORS[self.generator], _COPIERS[self.copy])
 
     def bytes(self, case: BenchCase) -> int:
-        """Read and written by the path, whatever else its implementation touches."""
+        """Read and written by the path, each source once, whatever else its implementation touches."""
         n = case.backends
         more_lengths = (len(set(case.offsets)) - 1) * case.length_bytes
         if self.path == "recompute":
-            return n * case.generate_bytes
+            return case.generate_bytes + (n - 1) * case.set_bytes
         if self.path == "replicate" and n > 1:
-            return case.generate_bytes + more_lengths + 2 * n * case.set_bytes
+            return case.generate_bytes + more_lengths + (1 + n) * case.set_bytes
         return case.generate_bytes + more_lengths
 
     def held_bytes(self, case: BenchCase) -> int:

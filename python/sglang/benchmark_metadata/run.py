@@ -25,7 +25,7 @@ from .measure import (
 from .report import Row, line
 from .routes import Route, Subject, routes_of, unavailable
 
-_LARGE = 512 << 20  # bytes moved by the copy that tells a GPU's bandwidth
+_LARGE = 4 << 30  # bytes moved by the copy that tells a GPU's bandwidth: its launch is lost in that
 _NODES = 16  # generations in the graph that tells what one more costs
 
 
@@ -71,6 +71,7 @@ def _run_case(case: BenchCase, settings: Settings, bar: tqdm) -> Iterator[Row]:
             continue
         row = rows[route]
         row.ratio = round(baseline / row.completion_us, 3) if baseline else None
+        row.set_floor(_floor_us(case, row.bytes, settings))
         yield row
     yield from _floors(case, settings, baseline)
 
@@ -158,6 +159,17 @@ def _floors(case: BenchCase, settings: Settings, baseline: float | None) -> Iter
         row.completion_us = round(row.bytes / copy_bandwidth(device, size) * 1e6, 2)
         row.gpu_us = row.completion_us if device.type == "cuda" else None
         yield row
+
+
+def _floor_us(case: BenchCase, size: int, settings: Settings) -> float:
+    """What no implementation of a path beats: `size` bytes at full bandwidth. On a GPU no less than a kernel
+    that does nothing, and the bandwidth of its memory holds for what its cache does not."""
+    device = settings.device
+    if device.type != "cuda":
+        return size / copy_bandwidth(device, size) * 1e6
+    calls = {name: activity for name, _, activity in _small_calls(case.bs, device, settings.budget)}
+    cached = size <= torch.cuda.get_device_properties(device).L2_cache_size
+    return max(calls["empty"].kernel_us, 0.0 if cached else size / copy_bandwidth(device, _LARGE) * 1e6)
 
 
 @functools.cache
