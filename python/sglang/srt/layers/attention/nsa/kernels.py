@@ -9,9 +9,12 @@ from types import ModuleType
 
 def load_kernels(device_type: str) -> ModuleType:
     """The library with operators for `device_type`. Raises ImportError with the reason."""
-    beside = f"{__package__.rpartition('.')[0]}.sgl_kernel"
+    parent = __package__.rpartition(".")[0]  # empty where this package is a top-level one
+    beside = f"{parent}.sgl_kernel"
     try:
-        library = importlib.import_module(beside if importlib.util.find_spec(beside) else "sgl_kernel")
+        library = importlib.import_module(
+            beside if parent and importlib.util.find_spec(beside) else "sgl_kernel"
+        )
     except ImportError as error:
         raise ImportError(f"the kernel library is not installed: {error}") from error
     if not hasattr(library, "FusedMetadataCopyPlan"):
