@@ -136,6 +136,33 @@ def test_stop_token_ids(client: httpx.Client) -> None:
     assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
 
 
+def test_penalties_biases_and_min_tokens(client: httpx.Client) -> None:
+    """By every endpoint's names; null is the default, and what asks for nothing changes nothing."""
+    common = {"temperature": 0, "ignore_eos": True}
+    nothing = {"frequency_penalty": 0, "presence_penalty": None, "repetition_penalty": 1, "logit_bias": {}}
+    forced = {"logit_bias": {"97": 100}}  # the letter a
+    body = {"model": "dummy", "prompt": "hello", "max_tokens": 12} | common
+    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12} | common
+
+    def text(**fields: Any) -> str:
+        answer = client.post("/v1/completions", json=body | fields).raise_for_status().json()
+        return answer["choices"][0]["text"]
+
+    assert text(**nothing) == text()
+    assert text(**forced) == "a" * 12
+    stopped = {"ignore_eos": False, "stop_token_ids": [97]}
+    assert text(**forced, **stopped) == ""
+    assert text(**forced, **stopped, min_tokens=12) != "a" * 12
+    repeated = {"logit_bias": {"97": 20}}
+    letters = text(**repeated, presence_penalty=2, frequency_penalty=2).count("a")
+    assert 0 < letters < text(**repeated).count("a")
+    answer = client.post("/v1/chat/completions", json=chat | forced).raise_for_status().json()
+    assert answer["choices"][0]["message"]["content"] == "a" * 12
+    native = {"max_new_tokens": 12, "min_new_tokens": 3, "stop_token_ids": [97]} | common | forced
+    answer = client.post("/generate", json={"text": "hello", "sampling_params": native}).json()
+    assert answer["meta_info"]["completion_tokens"] == 4
+
+
 def test_seeds(client: httpx.Client) -> None:
     """The same seed gives the same tokens; choices of one request and other seeds differ."""
     first, again = (complete(client, **SAMPLED, n=2)["choices"] for _ in range(2))

@@ -16,10 +16,6 @@ NOTHING = (None, False, "", [], {})
 
 # What the sampler does not do, by SGLang's names for it. Both APIs spell these alike.
 SAMPLING: dict[str, Values] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": (),
     "stop_regex": (),
     "json_schema": (),
     "regex": (),
@@ -81,7 +77,6 @@ GENERATE: dict[str, Values] = SGLANG | {
 }
 
 GENERATE_SAMPLING: dict[str, Values] = SAMPLING | {
-    "min_new_tokens": (0,),
     "structural_tag": (),
     "stream_interval": (1,),
     "spaces_between_special_tokens": AnyValue,  # only tokenizers without a fast implementation heed it
@@ -91,7 +86,6 @@ OPENAI: dict[str, Values] = (
     SAMPLING
     | SGLANG
     | {
-        "min_tokens": (0,),
         "response_format": ({"type": "text"},),
         "return_cached_tokens_details": (),
         "cache_salt": (),

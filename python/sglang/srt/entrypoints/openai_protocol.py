@@ -24,6 +24,7 @@ class OpenAIRequest(SamplingBody):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    min_new_tokens: Annotated[Int32 | None, Field(alias="min_tokens")] = None
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> OpenAIRequest:

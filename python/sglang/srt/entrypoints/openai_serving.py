@@ -30,6 +30,7 @@ from sglang.srt.sampling.token_logprob import TokenLogprob
 
 R = TypeVar("R", bound=OpenAIRequest)
 
+LIMIT_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 
 
@@ -159,7 +160,7 @@ class OpenAIServing(ABC, Generic[R]):
 class CompletionServing(OpenAIServing[CompletionRequest]):
     id_prefix = "cmpl"
     object = chunk_object = "text_completion"
-    names = {"input_ids": "prompt", "max_new_tokens": "max_tokens"}  # noqa: RUF012
+    names = LIMIT_NAMES | {"input_ids": "prompt"}
     default_max_tokens = DEFAULT_COMPLETION_TOKENS
 
     def __init__(
@@ -231,7 +232,7 @@ class ChatServing(OpenAIServing[ChatCompletionRequest]):
     id_prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
-    names = {"input_ids": "messages", "max_new_tokens": "max_tokens"}  # noqa: RUF012
+    names = LIMIT_NAMES | {"input_ids": "messages"}
     add_special_tokens = False  # the template writes them
 
     def max_tokens(self) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from sglang.srt.entrypoints.no_effect import Values, asks_for_nothing
@@ -23,6 +23,14 @@ B = TypeVar("B", bound="Body")
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Stop = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+
+
+def _token_names(bias: Any) -> Any:
+    """JSON names tokens by strings; callers in Python may use numbers."""
+    return {str(token): value for token, value in bias.items()} if isinstance(bias, dict) else bias
+
+
+LogitBias = Annotated[dict[str, float], BeforeValidator(_token_names)]
 
 
 class Body(BaseModel):
@@ -102,6 +110,11 @@ class SamplingBody(Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     top_k: Int32 | None = None
     min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: LogitBias | None = None
+    min_new_tokens: Int32 | None = None
     stop_token_ids: list[Int32] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -114,6 +127,11 @@ class SamplingBody(Body):
             "top_p",
             "top_k",
             "min_p",
+            "frequency_penalty",
+            "presence_penalty",
+            "repetition_penalty",
+            "logit_bias",
+            "min_new_tokens",
             "ignore_eos",
             "skip_special_tokens",
             "no_stop_trim",

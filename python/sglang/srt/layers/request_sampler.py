@@ -27,7 +27,12 @@ class RequestSampler:
         positions: torch.Tensor,  # [bs, rows], int64: of the tokens to sample
         req_pool_indices: torch.Tensor,  # [bs]
         info: SamplingBatchInfo,
+        drafts: torch.Tensor | None = None,  # [bs, rows - 1], int64: row j comes after drafts 0 .. j - 1
     ) -> torch.Tensor:  # [bs, rows], int64
+        """Where penalties, biases or min_new_tokens are set, `logits` are changed in place."""
+        if info.changes_logits:
+            rows = logits.view(*positions.shape, -1)
+            self.pool.penalties.apply(rows, positions, req_pool_indices, drafts)
         if info.all_greedy:
             return logits.argmax(dim=-1).view(positions.shape)
         requests = req_pool_indices.long()[:, None].expand(positions.shape).reshape(-1)

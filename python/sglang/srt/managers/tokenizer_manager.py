@@ -164,12 +164,6 @@ class TokenizerManager:
             raise RequestError.bad(
                 f"{prompt} holds token {wrong}, which is not in [0, {self.vocab_size})", prompt
             )
-        try:
-            params.validate(self.vocab_size)
-        except ValueError as error:
-            name, _, rest = str(error).partition(" ")
-            name = names.get(name, name)
-            raise RequestError.bad(f"{name} {rest}", name) from error
         assert self.limits is not None, "the server listens after the scheduler is ready"
         length, longest = len(input_ids), self.limits.max_req_input_len
         if length > longest:
@@ -183,7 +177,14 @@ class TokenizerManager:
                 f"room for {room} of {longest + 1}",
                 limit_name,
             )
-        return msgspec.structs.replace(params, max_new_tokens=min(params.max_new_tokens, room))
+        params = msgspec.structs.replace(params, max_new_tokens=min(params.max_new_tokens, room))
+        try:
+            params.validate(self.vocab_size)
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            name = names.get(name, name)
+            raise RequestError.bad(f"{name} {rest}", name) from error
+        return params
 
     async def generate(
         self, requests: Sequence[TokenizedGenerateReqInput], names: Sequence[Sequence[str]]

@@ -73,7 +73,12 @@ class TpModelWorker:
         self.num_pages = num_pages(server_args, config, self.kv_pool_class, self.lookahead, self.device)
         width = -(-(self.context_len + self.lookahead) // self.page_size) * self.page_size
         self.req_to_token_pool = ReqToTokenPool(
-            server_args.max_running_requests, width, config.hidden_size, self.device
+            server_args.max_running_requests,
+            width,
+            config.hidden_size,
+            self.device,
+            config.vocab_size,
+            config.eos_token_ids,
         )
         self.sampler = RequestSampler(self.req_to_token_pool, server_args.sampling_backend, self.device)
         self.nsa_config = attention_config(server_args, config, width, self.device)
@@ -111,6 +116,8 @@ class TpModelWorker:
         pool = self.req_to_token_pool
         pool.seq_lens[extend.req_pool_indices] = extend.seq_lens
         pool.last_token[extend.req_pool_indices] = next_tokens
+        if batch.sampling.changes_logits:
+            pool.penalties.add_outputs(extend.req_pool_indices, sampled[:, None], known < 0)
         self._after_prefill(extend, input_ids, next_tokens, hidden_states, last_rows)
         return self._prefill_output(chunks, batch, hidden_states, logits, sampled)
 
@@ -124,6 +131,8 @@ class TpModelWorker:
         pool, indices = self.req_to_token_pool, step.req_pool_indices.long()
         pool.seq_lens.index_copy_(0, indices, step.seq_lens + (indices > 0))
         pool.last_token.index_copy_(0, indices, tokens)
+        if self.batch.sampling.changes_logits:
+            pool.penalties.add_outputs(indices, tokens[:, None], torch.ones_like(indices))
         n = len(reqs)
         logprobs = None
         if self.batch.top_logprobs is not None:

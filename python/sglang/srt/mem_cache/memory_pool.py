@@ -7,8 +7,11 @@ of a captured graph read and write there.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import torch
+
+from sglang.srt.mem_cache.penalty_pool import PenaltyPool
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +23,15 @@ class ReqToTokenPool:
     nothing but a list of request indices.
     """
 
-    def __init__(self, size: int, max_context_len: int, hidden_size: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        size: int,
+        max_context_len: int,
+        hidden_size: int,
+        device: torch.device | str,
+        vocab_size: int = 0,  # 0: no request changes its logits
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
         rows = size + 1  # request 0 is the padding
         self.size = size
         self.max_context_len = max_context_len
@@ -35,6 +46,7 @@ class ReqToTokenPool:
         self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)  # 0: off
         self.min_p = torch.zeros(rows, dtype=torch.float32, device=device)
         self.seed = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.penalties = PenaltyPool(rows, vocab_size, eos_token_ids, device)
         self.free_slots = list(range(size, 0, -1))
 
     def sampling_params(self, requests: torch.Tensor) -> tuple[torch.Tensor, ...]:

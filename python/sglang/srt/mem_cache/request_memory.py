@@ -143,6 +143,7 @@ class RequestMemory:
         pool.top_k[index] = max(params.top_k, 0)
         pool.min_p[index] = params.min_p
         pool.seed[index] = req.seed
+        pool.penalties.set_request(index, params, len(req.input_ids), req.output_ids)
 
     def _write_table(self, req: Req, first: int) -> None:
         """Writes the slots of req.pages[first:] into the request's row of req_to_token."""

@@ -14,10 +14,12 @@ class SamplingBatchInfo:
 
     all_greedy: bool
     needs_filter: bool  # some request has top_p, top_k or min_p set
+    changes_logits: bool  # some request has a penalty, a bias or min_new_tokens set
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams]) -> SamplingBatchInfo:
         return cls(
             all_greedy=all(p.temperature == 0 for p in params),
             needs_filter=any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params),
+            changes_logits=any(p.changes_logits for p in params),
         )

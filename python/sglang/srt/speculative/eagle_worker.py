@@ -27,8 +27,9 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.eagle_info import count_accepted
 
-# The drafts are captured, so of the requests that will be there nothing is known. Filters are the target's.
-DRAFT_SAMPLING = SamplingBatchInfo(all_greedy=False, needs_filter=False)
+# The drafts are captured, so of the requests that will be there nothing is known. Filters and penalties are
+# left to the target, which has the last word.
+DRAFT_SAMPLING = SamplingBatchInfo(all_greedy=False, needs_filter=False, changes_logits=False)
 
 
 class EAGLEWorker(TpModelWorker):
@@ -169,7 +170,10 @@ class EAGLEWorker(TpModelWorker):
     def _accept(self, step: StepInputs, logits: torch.Tensor) -> None:
         """Samples the target's tokens, counts the right drafts and advances the requests."""
         positions = self._draft_positions(step) + 1
-        step.next_tokens.copy_(self.sampler(logits, positions, step.req_pool_indices, self.batch.sampling))
+        sampling = self.batch.sampling
+        step.next_tokens.copy_(
+            self.sampler(logits, positions, step.req_pool_indices, sampling, step.draft_tokens)
+        )
         real = step.req_pool_indices > 0
         step.accept_lens.copy_(count_accepted(step.draft_tokens, step.next_tokens) * real)
         torch.add(step.seq_lens, step.accept_lens, out=step.extend_seq_lens)
@@ -177,6 +181,8 @@ class EAGLEWorker(TpModelWorker):
         last = (step.accept_lens.long() - 1).clamp(min=0)
         pool.last_token.index_copy_(0, indices, step.next_tokens.gather(1, last[:, None])[:, 0])
         pool.seq_lens.index_copy_(0, indices, step.extend_seq_lens)
+        if sampling.changes_logits:
+            pool.penalties.add_outputs(indices, step.next_tokens, step.accept_lens)
 
     def _decode_output(self, n: int, step: StepInputs, logits: torch.Tensor) -> StepOutput:
         rows = torch.cat([step.next_tokens[:n], step.accept_lens[:n, None]], dim=1).tolist()  # the one sync
