@@ -14,10 +14,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import load
-from servers import OUT, Server, Servers
+from servers import OUT, Server, Servers, available
 
 STEADY_S = float(os.environ.get("STEADY_S", "20"))  # under load for each number of requests
-RELEASES = ("0.5.12", "0.5.17")
+RELEASES = available()
 FLAG_OFF = {
     "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA": "0",
     "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA": "0",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 BUNDLES = Path(os.environ.get("SGLANG_BUNDLES", ".plugin_gpu"))  # <release's folder>/launch.sh, and site/
 FOLDERS = {"0.5.12": "real_sglang", "0.5.17": "real_sglang_0517"}
+ARCHIVES = {"0.5.12": "v0512.tar.xz", "0.5.17": "delta.tar.xz"}
 OUT = Path(os.environ.get("OUT_DIR", "plugin_gpu"))
 SITE = BUNDLES / "site"  # the plugin's wheel, unpacked, its dist-info included
 
@@ -90,6 +91,11 @@ class Server:
             line for line in self.log.read_text(errors="replace").splitlines() if re.search(pattern, line)
         ]
         return [re.sub(r"^\[[^]]*\]\s*", "", line)[:600] for line in lines[-last:]]
+
+
+def available() -> list[str]:
+    """The releases whose bundle is here."""
+    return [release for release, folder in FOLDERS.items() if (BUNDLES / folder / ARCHIVES[release]).exists()]
 
 
 def unpack(releases: set[str]) -> None:
