@@ -27,6 +27,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
       "remainder_last, "
       "bool segment_major) -> Tensor");
   m.def("paged_mqa_schedule_run(Tensor(a!) plan) -> ()");
+  m.def("nsa_metadata_replicate_run(Tensor(a!) generate_plan, Tensor(b!) copy_plan, int max_len) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
@@ -39,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("nsa_metadata_generate_run", sgl_kernel::nsa_metadata_generate_run);
   m.impl("paged_mqa_schedule_plan", sgl_kernel::paged_mqa_schedule_plan);
   m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
+  m.impl("nsa_metadata_replicate_run", sgl_kernel::nsa_metadata_replicate_run);
 }
 
 namespace sgl_kernel {

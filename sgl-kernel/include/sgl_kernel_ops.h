@@ -12,7 +12,7 @@ namespace sgl_kernel {
 
 // Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another
 // number.
-constexpr int64_t kAbiVersion = 2;
+constexpr int64_t kAbiVersion = 3;
 
 using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 
@@ -35,5 +35,7 @@ BoxedOperator nsa_metadata_generate_run;
 // Lengths -> DeepGEMM's schedule of paged MQA logits, any number of them.
 BoxedOperator paged_mqa_schedule_plan;
 BoxedOperator paged_mqa_schedule_run;
+// Both: a generation, then a copy of what it wrote.
+BoxedOperator nsa_metadata_replicate_run;
 
 }  // namespace sgl_kernel

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
+from sglang.benchmark_metadata.competitors import COMPETITORS, methods_of
 from sglang.srt.layers.attention.nsa.metadata import (
+    ALL_FIELDS,
+    TABLE_FIELDS,
     Extent,
     MetadataMode,
     MetadataShape,
@@ -140,13 +144,19 @@ def graph_metadata(
     methods: MetadataMethods | None = None,
     check: bool = False,
     prepare: Prepare | None = None,
+    reads: frozenset[str] = ALL_FIELDS,
 ) -> GraphMetadata:
-    """A planned path over `inputs`; layout 'recompute' is the flag switched off."""
+    """A planned path over `inputs`; layout 'recompute' is the flag switched off. `copy` may be a competitor
+    of the benchmark's."""
     enabled = layout != "recompute"
+    if copy in COMPETITORS:
+        methods, copy = methods_of(copy), "auto"
     selection = MetadataSelection(
         enabled, layout if enabled else "replicate", copy, case.draft_seqlens, check_replays=check
     )
-    graph = GraphMetadata(selection, case.shape, case.offsets, torch.device(inputs.device), methods, prepare)
+    graph = GraphMetadata(
+        selection, case.shape, case.offsets, torch.device(inputs.device), methods, prepare, reads
+    )
     for bs in batch_sizes or (case.max_bs,):
         graph.capture(inputs.view(bs))
     return graph
@@ -157,6 +167,21 @@ def poison_all(graph: GraphMetadata) -> None:
     for buffers in (*graph.buffers, *graph.staging):
         buffers.lengths.fill_(POISON)
         poison_(buffers.view(buffers.shape.bs), POISON)
+
+
+def wrap_run(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    wrap: Callable[[Callable[[int], None]], Callable[[int], None]],
+) -> None:
+    """Every `owner` made from now on runs what `wrap` makes of its run."""
+    original = owner.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        original(self, *args)
+        self.run = wrap(self.run)
+
+    monkeypatch.setattr(owner, "__init__", init)
 
 
 def replay(graph: GraphMetadata, bs: int, max_len: int) -> None:
@@ -219,12 +244,14 @@ def prefix_sums(numbers: list[int]) -> list[int]:
 
 
 def assert_live_equal(expected: dict[str, list], holder: PrecomputedMetadata | NSAMetadata) -> None:
-    """Every live element of every field that the mode carries."""
+    """Every live element of every field that the mode carries; where requests stand in for the page tables,
+    these are not there."""
+    indirect = isinstance(holder, NSAMetadata) and holder.requests is not None
     for field in fields_of(holder.shape.mode):
         if field.extent is Extent.FIXED:
             continue
         tensor = field.of(holder)
-        if field.precomputed not in expected:
+        if field.precomputed not in expected or (indirect and field.backend in TABLE_FIELDS):
             assert tensor is None, f"{field.precomputed} must be absent"
             continue
         assert tensor.dtype == torch.int32, field.precomputed

@@ -125,7 +125,7 @@ def planned_graph(
 ) -> GraphMetadata:
     enabled = layout != "recompute"
     selection = MetadataSelection(enabled, layout if enabled else "replicate", "auto")
-    graph = GraphMetadata(selection, inputs.shape, offsets, CUDA, prepare=ops.prepare)
+    graph = GraphMetadata(selection, inputs.shape, offsets, CUDA, prepare=ops.prepare, reads=ops.reads)
     graph.capture(inputs)
     return graph
 
@@ -145,7 +145,7 @@ def test_a_library_attends_like_the_reference(name: str, case: LengthsCase) -> N
     assert not out[dead].any()
 
 
-@pytest.mark.parametrize("layout", ["recompute", "replicate", "shared", "in_graph"])
+@pytest.mark.parametrize("layout", ["recompute", "replicate", "shared", "in_graph", "indirect"])
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_captured_graph_follows_the_lengths_of_every_backend(name: str, layout: str) -> None:
     """Seven draft steps in one graph: each follows when the lengths change."""

@@ -8,13 +8,17 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sglang.srt.layers.attention import registry, sparse_mla_flashinfer
 from sglang.srt.layers.attention.nsa.dims import AttentionDims
+from sglang.srt.layers.attention.nsa.indexer import select_topk
+from sglang.srt.layers.attention.nsa.metadata import MetadataMode, MetadataShape, as_backend_metadata
+from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs, precompute_metadata
 from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
-from sglang.srt.layers.attention.registry import IMPLEMENTATIONS, select_attention_ops
+from sglang.srt.layers.attention.registry import IMPLEMENTATIONS, SparseAttentionOps, select_attention_ops
 from sglang.srt.layers.attention.sparse_mla_flashinfer import FlashInferSparseMLA, read_plan
 from sglang.srt.layers.attention.sparse_mla_flashmla import FlashMLAKV, FlashMLASparse, padded_heads
 from sglang.srt.libraries import flashmla
@@ -251,6 +255,70 @@ def test_flashinfer_bounds_are_cut_to_the_lengths() -> None:
     assert ints[3 * MAX_WORKS : 3 * MAX_WORKS + 5].tolist() == [256, 7, 300, 7, 0]
     # The next cut starts from the plan, not from the last one.
     assert bounds.cut(torch.tensor([512, 512, 512])).tolist() == [[512] * 5, [256, 256, 512, 512, 512]]
+
+
+class StrictWrapper:
+    """FlashInfer's MLA wrapper in torch: it follows every index that it is given, and each must exist.
+
+    So does the kernel with those of a row's length, and nothing says that another version does not with the
+    others: a slot of -1 is the row in front of the cache.
+    """
+
+    def __init__(self, workspace, kv_indices, kv_len_arr, **_: object) -> None:
+        self._kv_indices_buf, self.rows = kv_indices, kv_len_arr.shape[0]
+
+    def plan(self, qo_indptr, kv_indptr, kv_indices, kv_lens, *_: object) -> None:
+        self.topk = int(kv_lens[0])
+        works = [(row, 0, self.topk) for row in range(self.rows)]
+        self._plan_info, self._int_workspace_buffer = plan_arrays(works, self.topk)
+
+    def run(self, q_nope, q_rope, latents, ropes):
+        slots = self._kv_indices_buf.view(self.rows, self.topk).long()
+        assert ((slots >= 0) & (slots < latents.shape[0])).all(), "a slot that is not there"
+        ends = self._int_workspace_buffer.view(torch.int32)[3 * MAX_WORKS :][: self.rows]
+        dead = torch.arange(self.topk) >= ends[:, None]
+        kv = torch.cat((latents, ropes), dim=-1)[:, 0]
+        out = sparse_mla(q_nope, q_rope, kv, slots.int().masked_fill(dead, -1), 0.1)
+        out[ends == 0] = float("nan")  # rows without work are not written
+        return out
+
+
+def test_flashinfer_gets_only_slots_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was handed top-k's -1: under compute-sanitizer, reads one row in front of the cache."""
+    dims = replace(DEEPSEEK, num_attention_heads=8, index_topk=16, softmax_scale=0.1)
+    monkeypatch.setattr(sparse_mla_flashinfer, "WORKSPACE_BYTES", 16)
+    mla = SimpleNamespace(BatchMLAPagedAttentionWrapper=StrictWrapper)
+    attention = FlashInferSparseMLA(dims, CPU, mla)
+    lengths = torch.tensor([3, 0, 16, 40, 1], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    req_to_token = (torch.randperm(5 * 40, generator=generator) + 1).view(5, 40).int()
+    slots = select_topk(
+        torch.randn((5, 4, 32), generator=generator),
+        torch.randn((5, 4), generator=generator),
+        torch.randn((201, 32), generator=generator),
+        *(req_to_token, torch.arange(5), lengths, 16, 40),
+        rows_per_req=1,
+        padding_slot=attention.padding_slot,
+    )
+    q = torch.randn((5, 8, 576), generator=generator).bfloat16()
+    kv = torch.randn((201, 576), generator=generator).bfloat16()
+    kv[0] = float("nan")  # the padding's slot exists, but nobody attends to it
+    inputs = MetadataInputs(
+        MetadataShape(MetadataMode.DECODE, 5, 1, 40, 64, 16), lengths, torch.arange(5), req_to_token
+    )
+    metadata = as_backend_metadata(precompute_metadata(inputs)).prepared(attention.prepare)
+    out = attention.sparse_mla(q[..., :512], q[..., 512:], kv, slots, 0.1, metadata.reader)
+    live = torch.arange(16) < lengths[:, None]
+    expected = sparse_mla(q[..., :512], q[..., 512:], kv, slots.masked_fill(~live, -1), 0.1)
+    torch.testing.assert_close(out, expected)
+    assert not out[1].any()
+
+
+def test_what_libraries_take_beyond_a_rows_slots() -> None:
+    """FlashInfer: any slot that exists; FlashMLA: -1 alone is none."""
+    assert FlashInferSparseMLA.padding_slot == 0
+    for ops in (IMPLEMENTATIONS["torch"].build(None, CPU), SparseAttentionOps("any", sparse_mla, sparse_mla)):
+        assert ops.padding_slot == -1
 
 
 @pytest.mark.parametrize(

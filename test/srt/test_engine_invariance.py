@@ -65,6 +65,7 @@ CASES = [
     Case("speculative, committed", SPECULATIVE | {"nsa_draft_seqlens": "committed"}, precompute=True),
     Case("speculative, shared", SPECULATIVE | {"nsa_metadata_layout": "shared"}, precompute=True),
     Case("speculative, in graph", SPECULATIVE | {"nsa_metadata_layout": "in_graph"}, precompute=True),
+    Case("speculative, indirect", SPECULATIVE | {"nsa_metadata_layout": "indirect"}, precompute=True),
     Case("speculative, eager", SPECULATIVE | {"disable_cuda_graph": True}),
     Case("speculative, chunked", SPECULATIVE | {"chunked_prefill_size": 37}, precompute=True, rounds=2),
     Case("speculative, no prefix cache", SPECULATIVE | {"disable_radix_cache": True}, precompute=True),

@@ -16,6 +16,7 @@ from sglang.srt.layers.attention.nsa.metadata import FIELDS, MetadataMode, Metad
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs
 from sglang.srt.layers.attention.nsa.paths import GraphMetadata, MetadataSelection
 from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
+from sglang.srt.layers.attention.registry import IMPLEMENTATIONS
 from sglang.srt.layers.attention.sparse_mla_flashmla import FlashMLAKV
 from sglang.srt.libraries.flashmla import FlashMLALibrary
 from sglang.srt.mem_cache.fp8_kv import BYTES, dequantize_kv, quantize_kv
@@ -127,7 +128,12 @@ def decode_graph(
     bs = seq_lens.shape[0]
     shape = MetadataShape(MetadataMode.DECODE, bs, 1, width=512, page_size=64, topk=TOPK)
     graph = GraphMetadata(
-        MetadataSelection(True, layout, "torch"), shape, offsets, CPU, prepare=attention.prepare
+        MetadataSelection(True, layout, "torch"),
+        shape,
+        offsets,
+        CPU,
+        prepare=attention.prepare,
+        reads=IMPLEMENTATIONS["flashmla_kv"].reads,
     )
     table = torch.arange(512, dtype=torch.int32)[None]
     for n in range(bs, 0, -1):
@@ -136,7 +142,7 @@ def decode_graph(
     return graph
 
 
-@pytest.mark.parametrize("layout", ["replicate", "shared", "in_graph"])
+@pytest.mark.parametrize("layout", ["replicate", "shared", "in_graph", "indirect"])
 def test_flashmla_metadata_is_made_once_for_each_batch_size(layout: str) -> None:
     """Whatever the lengths, however many backends; and every backend holds it under SGLang's field names."""
     attention, kernels = attention_of(128)

@@ -149,6 +149,58 @@ def test_select_topk(case: SelectCase, name: str) -> None:
     check_select(case, name)
 
 
+@dataclass(frozen=True)
+class IndirectCase:
+    """Requests with `rows_per_req` rows each; `lengths` are those of all rows."""
+
+    rows_per_req: int
+    requests: list[int]
+    lengths: list[int]
+    topk: int = 16
+    dtype: torch.dtype = torch.int32  # of the requests
+    padding_slot: int = -1
+
+
+INDIRECT_CASES = [
+    IndirectCase(1, [5, 2, 7, 0], [70, 3, 17, 1]),
+    IndirectCase(1, [3, 3], [80, 16], dtype=torch.int64),  # two rows may read one request
+    IndirectCase(4, [6, 1], [30, 31, 32, 33, 1, 2, 3, 4], padding_slot=0),
+    IndirectCase(3, [2, 5, 0], [77, 78, 79, 0, 0, 0, 1, 0, 0], topk=100),
+]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", INDIRECT_CASES, ids=str)
+def test_slots_are_the_same_through_req_to_token(
+    case: IndirectCase, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token table and each request's index instead of a page table with a row for every row."""
+    ops = implementation(name)
+    g = torch.Generator().manual_seed(1)
+    rows, columns = len(case.lengths), 80
+    req_to_token = (torch.randperm(8 * columns, generator=g) + 1).view(8, columns).int().to(ops.device)
+    requests = torch.tensor(case.requests, dtype=case.dtype, device=ops.device)
+    q = torch.randn((rows, 4, 32), generator=g).to(ops.device)
+    weights = torch.randn((rows, 4), generator=g).to(ops.device)
+    keys = torch.randn((8 * columns + 1, 32), generator=g).to(ops.device)
+    lengths = torch.tensor(case.lengths, dtype=torch.int32, device=ops.device)
+    page_table = req_to_token[requests.long().repeat_interleave(case.rows_per_req)]
+    tail = lengths, case.topk, columns
+    for chunk_elements in (None, 300):  # in one go, and in chunks that divide a request's rows
+        if chunk_elements:
+            monkeypatch.setitem(ops.select_topk.__globals__, "CHUNK_ELEMENTS", chunk_elements)
+        direct = ops.select_topk(q, weights, keys, page_table, None, *tail, padding_slot=case.padding_slot)
+        indirect = ops.select_topk(
+            *(q, weights, keys, req_to_token, requests, *tail),
+            rows_per_req=case.rows_per_req,
+            padding_slot=case.padding_slot,
+        )
+        assert torch.equal(direct, indirect)
+    live = torch.arange(case.topk, device=ops.device) < lengths[:, None]
+    assert (direct[live] > 0).all()
+    assert (direct[~live] == case.padding_slot).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LARGE_SELECT_CASES, ids=lambda case: case.name)
 def test_select_topk_at_deepseeks_size(case: SelectCase) -> None:

@@ -11,15 +11,15 @@ from dataclasses import replace
 from types import ModuleType
 
 import pytest
-from nsa_cases import MetadataCase, StaticInputs, graph_metadata, poison_all, random_batch, replay
+from nsa_cases import MetadataCase, StaticInputs, graph_metadata, poison_all, random_batch, replay, wrap_run
 from sglang.srt.layers.attention.nsa import paths
 from sglang.srt.layers.attention.nsa.kernels import load_kernels
 from sglang.srt.layers.attention.nsa.metadata_generators import FusedGenerator, TorchGenerator
 from sglang.srt.layers.attention.nsa.paths import TORCH_METHODS
-from sglang.srt.layers.attention.nsa.replicate import FusedCopier
+from sglang.srt.layers.attention.nsa.replicate import FusedReplication
 
 CASE = MetadataCase(backends=3)
-LAYOUTS = ["replicate", "shared", "in_graph"]
+LAYOUTS = ["replicate", "shared", "in_graph", "indirect"]
 
 
 @pytest.fixture(autouse=True)
@@ -116,13 +116,17 @@ def test_fused_by_name_without_the_library_stops_the_start(no_library, layout):
         graph_metadata(CASE, StaticInputs(CASE), layout, "fused")
 
 
-@pytest.mark.parametrize("copy", ["torch", "foreach", "cat"])
-def test_other_methods_do_not_need_the_library(no_library, copy, caplog):
+def test_direct_by_name_without_the_library_stops_the_start(no_library):
+    with pytest.raises(ImportError, match=no_library):
+        graph_metadata(CASE, StaticInputs(CASE), "replicate", "direct")
+
+
+def test_torch_by_name_does_not_need_the_library(no_library, caplog):
     inputs = StaticInputs(CASE)
     with caplog.at_level(logging.WARNING):
-        graph = graph_metadata(CASE, inputs, "replicate", copy)
+        graph = graph_metadata(CASE, inputs, "replicate", "torch")
         run_replays(graph, inputs)
-    assert graph.methods.copy == copy
+    assert graph.methods.copy == "torch"
     assert graph.methods.generator is TorchGenerator
     assert graph.fallbacks == 0
     assert not caplog.records
@@ -137,19 +141,22 @@ def test_the_flag_switched_off_never_looks_for_the_library(no_library, caplog):
 
 def fail_after(monkeypatch, owner: type, calls: int) -> None:
     """From its n-th call on the kernel raises what a launch would. To be set up before planning."""
-    original, seen = owner.run, []
+    seen = []
 
-    def run(self, max_len: int) -> None:
-        seen.append(max_len)
-        if len(seen) > calls:
-            raise RuntimeError("CUDA error: an illegal launch")
-        original(self, max_len)
+    def failing(run):
+        def wrapped(max_len: int) -> None:
+            seen.append(max_len)
+            if len(seen) > calls:
+                raise RuntimeError("CUDA error: an illegal launch")
+            run(max_len)
 
-    monkeypatch.setattr(owner, "run", run)
+        return wrapped
+
+    wrap_run(monkeypatch, owner, failing)
 
 
-FAILING = [("replicate", FusedCopier), ("replicate", FusedGenerator), ("shared", FusedGenerator)]
-FAILING += [("in_graph", FusedGenerator)]
+FAILING = [("replicate", FusedReplication), ("shared", FusedGenerator)]
+FAILING += [("in_graph", FusedGenerator), ("indirect", FusedGenerator)]
 
 
 @pytest.mark.parametrize("calls", [0, 2])
@@ -210,7 +217,7 @@ def test_a_wrong_argument_is_an_error_and_no_fallback():
     inputs = StaticInputs(CASE)
     graph = graph_metadata(CASE, inputs, "replicate", "fused")
     with pytest.raises(RuntimeError, match="max_len"):
-        graph._stages[CASE.max_bs][1](10 * CASE.width)
+        graph._launch[CASE.max_bs](10 * CASE.width)
 
 
 def test_load_kernels_names_an_unknown_device():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,14 @@ from nsa_cases import (
     reference_metadata,
     replay,
 )
-from sglang.srt.layers.attention.nsa.metadata import MetadataBuffers, MetadataMode
+from sglang.benchmark_metadata.competitors import ALL_COPIERS, COMPETITORS, NEEDS_CUDA
+from sglang.srt.layers.attention.nsa.metadata import (
+    ALL_FIELDS,
+    FIELDS,
+    MetadataBuffers,
+    MetadataMode,
+    fields_of,
+)
 from sglang.srt.layers.attention.nsa.metadata_generators import TorchGenerator
 from sglang.srt.layers.attention.nsa.paths import (
     PATHS,
@@ -30,10 +39,14 @@ from sglang.srt.layers.attention.nsa.paths import (
     MetadataSelection,
 )
 from sglang.srt.layers.attention.nsa.replicate import COPIERS, Region
+from sglang.srt.layers.attention.registry import IMPLEMENTATIONS
 
-CUDA_ONLY = ("streams", "triton")
-ROUTES = [("recompute", "torch"), ("shared", "torch"), ("in_graph", "torch"), ("shared", "fused")]
-ROUTES += [("in_graph", "fused"), *(("replicate", copy) for copy in COPIERS)]
+SHARING = ("shared", "in_graph", "indirect")
+ROUTES = [("recompute", "torch"), *((layout, copy) for layout in SHARING for copy in ("torch", "fused"))]
+ROUTES += [("replicate", copy) for copy in (*COPIERS, *COMPETITORS)]
+CPU_COPIERS = [
+    name for name, copier in {**COPIERS, **COMPETITORS}.items() if copier and name not in NEEDS_CUDA
+]
 
 
 def methods_for(layout: str, copy: str) -> MetadataMethods | None:
@@ -45,7 +58,7 @@ def methods_for(layout: str, copy: str) -> MetadataMethods | None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout, copy", ROUTES)
 def test_every_route_gives_the_same_bits(layout, copy, mode, device):
-    if device == "cpu" and copy in CUDA_ONLY:
+    if device == "cpu" and copy in NEEDS_CUDA:
         pytest.skip(f"{copy} needs CUDA; that it says so is another test")
     draft_seqlens = ("committed", "step") if mode is MetadataMode.DECODE else ("committed",)
     rng = random.Random(1)
@@ -76,7 +89,7 @@ def test_every_route_gives_the_same_bits(layout, copy, mode, device):
 @pytest.mark.parametrize("layout, copy", ROUTES)
 def test_a_smaller_batch_touches_nothing_else(layout, copy, device):
     """A captured size writes only its own rows and its own part of the length vectors."""
-    if device == "cpu" and copy in CUDA_ONLY:
+    if device == "cpu" and copy in NEEDS_CUDA:
         pytest.skip(f"{copy} needs CUDA")
     for mode in MODES:
         case = MetadataCase(mode, max_bs=8)
@@ -88,16 +101,13 @@ def test_a_smaller_batch_touches_nothing_else(layout, copy, device):
         replay(graph, 3, inputs.max_len(batch))
         for buffers in graph.buffers:
             whole, part = buffers.view(8), buffers.view(3)
-            assert (whole.cache_seqlens_int32[3:] == POISON).all()
-            assert (whole.cu_seqlens_k[4:] == POISON).all()
-            rows = part.shape.rows
-            assert (whole.nsa_cache_seqlens_int32[rows:] == POISON).all()
-            assert (whole.nsa_cu_seqlens_k[rows + 1 :] == POISON).all()
-            assert (whole.page_table_1[rows:] == POISON).all()
-            assert (whole.real_page_table[rows:] == POISON).all()
+            for field in fields_of(mode):
+                tensor = field.of(whole)
+                if tensor is not None:
+                    assert (tensor[field.of(part).shape[0] :] == POISON).all(), field.backend
 
 
-@pytest.mark.parametrize("copy", CUDA_ONLY)
+@pytest.mark.parametrize("copy", NEEDS_CUDA)
 def test_methods_that_need_cuda_say_so(copy):
     case = MetadataCase()
     with pytest.raises((ValueError, ImportError), match=r"needs CUDA|triton"):
@@ -110,7 +120,7 @@ def test_unknown_copy_method_is_named():
         graph_metadata(case, StaticInputs(case), "replicate", "warp")
 
 
-@pytest.mark.parametrize("copy", [c for c in COPIERS if c not in CUDA_ONLY])
+@pytest.mark.parametrize("copy", CPU_COPIERS)
 def test_copies_of_hostile_regions(copy):
     """Strided sources and destinations, empty ones, bounded columns: nothing outside is written."""
     base = torch.arange(6 * 40, dtype=torch.int32).view(6, 40)
@@ -128,7 +138,7 @@ def test_copies_of_hostile_regions(copy):
         dsts = tuple(torch.full(shape, POISON, dtype=torch.int32) for _ in range(3))
         regions.append(Region(src, dsts, cols_per))
         checks.append((src, dsts, cols_per))
-    copier = COPIERS[copy](regions)
+    copier = ALL_COPIERS[copy](regions)
     for max_len in (0, 1, 9, 33, 34, -1):
         for _, dsts, _ in checks:
             for dst in dsts:
@@ -144,7 +154,7 @@ def test_copies_of_hostile_regions(copy):
                 assert torch.equal(dst, want), (max_len, src.shape, cols_per)
 
 
-@pytest.mark.parametrize("copy", [c for c in COPIERS if c not in CUDA_ONLY])
+@pytest.mark.parametrize("copy", CPU_COPIERS)
 def test_a_bound_beyond_the_tables_is_no_more_than_their_width(copy):
     case = MetadataCase()
     inputs = StaticInputs(case)
@@ -168,9 +178,41 @@ def test_shared_layouts_hold_one_set_of_page_tables(layout, rule):
     assert len(lengths) == (1 if rule == "committed" else 7)
 
 
-def test_replicate_gives_every_backend_its_own_set():
-    case = MetadataCase(backends=7)
-    graph = graph_metadata(case, StaticInputs(case), "replicate")
+@pytest.mark.parametrize("rule", ["committed", "step"])
+def test_indirect_holds_no_page_tables_and_nothing_that_nobody_reads(rule):
+    reads = frozenset({"page_table_1", "nsa_seqlens_expanded", "nsa_cache_seqlens_int32"})
+    for mode in MODES:
+        case = MetadataCase(mode, backends=7, draft_seqlens=rule)
+        inputs = StaticInputs(case)
+        graph = graph_metadata(case, inputs, "indirect", reads=reads)
+        held, separate = graph.table_bytes
+        assert held == 0 < separate
+        assert separate == graph_metadata(case, inputs, "recompute").table_bytes[0]
+        batch = random_batch(case, case.max_bs, random.Random(6))
+        inputs.load(batch)
+        poison_all(graph)
+        replay(graph, case.max_bs, -1)
+        graph.check(case.max_bs)
+        for offset, metadata in zip(case.offsets, graph.backends[case.max_bs]):
+            there = {field.backend for field in FIELDS if field.of(metadata) is not None}
+            same = (
+                {"cache_seqlens_int32"} if mode is MetadataMode.DECODE else set()
+            )  # as nsa_seqlens_expanded
+            assert there == reads - {"page_table_1"} | same
+            expected = reference_metadata(case, inputs.table, batch, offset)
+            assert metadata.nsa_seqlens_expanded.tolist() == expected["seqlens_expanded"]
+            assert metadata.nsa_cache_seqlens_int32.tolist() == expected["nsa_cache_seqlens"]
+            slots = metadata.slot_table
+            assert slots.slots is inputs.req_to_token  # and no copy of it
+            assert slots.rows.data_ptr() == inputs.requests.data_ptr()
+
+
+@pytest.mark.parametrize("copy", ["fused", "direct"])
+@pytest.mark.parametrize("rule", ["committed", "step"])
+def test_replicate_gives_every_backend_its_own_set(copy, rule):
+    case = MetadataCase(backends=7, draft_seqlens=rule)
+    graph = graph_metadata(case, StaticInputs(case), "replicate", copy)
+    assert bool(graph.staging) == (copy == "fused")
     assert graph.table_bytes == (7 * graph.buffers[0].table_bytes,) * 2
     assert len({metadata.page_table_1.data_ptr() for metadata in graph.backends[case.max_bs]}) == 7
 
@@ -220,7 +262,7 @@ def test_page_tables_can_be_shared_under_other_lengths():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", ["replicate", "shared", "in_graph"])
+@pytest.mark.parametrize("layout", ["replicate", *SHARING])
 def test_no_replay_waits_for_the_device(layout, mode):
     """Replays under torch's sync debug mode: any host read of device memory raises."""
     case = MetadataCase(mode, backends=7, draft_seqlens="step")
@@ -245,3 +287,40 @@ def test_no_replay_waits_for_the_device(layout, mode):
     graph.check(case.max_bs)
     for offset, metadata in zip(case.offsets, graph.backends[case.max_bs]):
         assert_live_equal(reference_metadata(case, inputs.table, batch, offset), metadata)
+
+
+HOST_LAUNCHED = [("shared", "auto"), ("replicate", "fused"), ("replicate", "direct")]
+
+
+@pytest.mark.parametrize("layout, copy", HOST_LAUNCHED)
+def test_a_replay_is_one_call_of_one_operator(layout, copy):
+    """Between the graph runner and the operator stands the bound plan and nothing else: each call of Python's
+    costs as much as a twentieth of a launch."""
+    case = MetadataCase(backends=7)
+    graph = graph_metadata(case, StaticInputs(case), layout, copy)
+    replay(graph, case.max_bs, 100)
+    frames, operators = [], []
+
+    def count(frame, event, arg):
+        if event == "call":
+            frames.append(frame.f_code.co_name)
+        elif event == "c_call" and arg is not sys.setprofile:
+            operators.append(arg)
+
+    sys.setprofile(count)
+    graph.replay(case.max_bs, 100)
+    sys.setprofile(None)
+    assert len(frames) == 2 and frames[0] == "replay", frames
+    assert len(operators) == 1, operators
+
+
+def test_the_documented_readers_are_the_declared_ones():
+    """docs/metadata.md says who reads each field: what the implementations declare, and FIELDS' column."""
+    page = (Path(__file__).parents[2] / "docs" / "metadata.md").read_text()
+    for field in FIELDS:
+        readers = [name for name, each in IMPLEMENTATIONS.items() if field.backend in each.reads]
+        cell = "all" if len(readers) == len(IMPLEMENTATIONS) else ", ".join(readers) or "-"
+        if field.backend == "page_table_1":
+            cell += " (`indirect`: `req_to_token`)"
+        assert f"| `{field.backend}` | {cell} | {field.sglang_reads} |" in page
+    assert {name for each in IMPLEMENTATIONS.values() for name in each.reads} <= ALL_FIELDS

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nsa_cases import DEVICES
+from nsa_cases import DEVICES, wrap_run
 from sglang.benchmark_metadata.soak import BATCH_SIZES, soak
 from sglang.srt.layers.attention.nsa.metadata_check import MetadataMismatchError
 from sglang.srt.layers.attention.nsa.metadata_generators import FusedGenerator
+from sglang.srt.layers.attention.nsa.replicate import FusedReplication
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -28,13 +29,17 @@ def test_three_thousand_replays(device):
 
 def test_a_stale_replay_is_found(monkeypatch):
     """The generation skips one replay in two hundred, as a lost update would."""
-    original, calls = FusedGenerator.run, []
+    calls = []
 
-    def run(self, max_len: int) -> None:
-        calls.append(max_len)
-        if len(calls) % 200:
-            original(self, max_len)
+    def forgetful(run):
+        def wrapped(max_len: int) -> None:
+            calls.append(max_len)
+            if len(calls) % 200:
+                run(max_len)
 
-    monkeypatch.setattr(FusedGenerator, "run", run)
+        return wrapped
+
+    wrap_run(monkeypatch, FusedGenerator, forgetful)
+    wrap_run(monkeypatch, FusedReplication, forgetful)
     with pytest.raises(MetadataMismatchError, match="stale or wrong NSA metadata"):
         soak(3000, torch.device("cpu"))

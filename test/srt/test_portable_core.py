@@ -83,7 +83,7 @@ from sglang_nsa.nsa.paths import GraphMetadata, MetadataSelection
 shape = MetadataShape(MetadataMode.DECODE, 2, 1, 128, 64, 2048)
 inputs = MetadataInputs(shape, torch.tensor([5, 70]), torch.tensor([1, 2]),
                         torch.arange(3 * 128, dtype=torch.int32).view(3, 128))
-for layout in ("replicate", "shared", "in_graph"):
+for layout in ("replicate", "shared", "in_graph", "indirect"):
     selection = MetadataSelection(True, layout, "torch")
     graph = GraphMetadata(selection, shape, (0, 0, 0), torch.device("cpu"))
     graph.capture(inputs)

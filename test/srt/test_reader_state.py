@@ -68,7 +68,7 @@ CASES = [
     Case("recompute", precompute=False),
     *(
         Case(f"{layout}-{rule}", args={"nsa_metadata_layout": layout, "nsa_draft_seqlens": rule})
-        for layout in ("replicate", "shared", "in_graph")
+        for layout in ("replicate", "shared", "in_graph", "indirect")
         for rule in ("committed", "step")
     ),
     Case("no-graph", args={"disable_cuda_graph": True}),

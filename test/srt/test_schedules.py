@@ -66,10 +66,11 @@ class PathCase:
 
 STEP, COMMITTED = (1, 2, 3, 4, 5, 6, 7), (0,) * 5  # more backends than SGLang's copy for three serves
 CASES = [
-    *(PathCase(layout, offsets) for layout in ("recompute", "replicate", "shared", "in_graph")
+    *(PathCase(layout, offsets) for layout in ("recompute", "replicate", "shared", "in_graph", "indirect")
       for offsets in (STEP, COMMITTED)),
     PathCase("shared", (0,), MetadataMode.TARGET_VERIFY, 4),
     PathCase("in_graph", (0,), MetadataMode.DRAFT_EXTEND, 4),
+    PathCase("indirect", (0,), MetadataMode.TARGET_VERIFY, 4),
 ]  # fmt: skip
 
 
@@ -87,7 +88,12 @@ def planned_graph(case: PathCase, bs: int = 3) -> tuple[GraphMetadata, MetadataI
     enabled = case.layout != "recompute"
     selection = MetadataSelection(enabled, case.layout if enabled else "replicate", "torch")
     graph = GraphMetadata(
-        selection, shape, case.offsets, torch.device("cpu"), prepare=prepare_paged_mqa(NUM_SMS)
+        selection,
+        shape,
+        case.offsets,
+        torch.device("cpu"),
+        prepare=prepare_paged_mqa(NUM_SMS),
+        reads=frozenset({"nsa_seqlens_expanded"}),
     )
     graph.capture(inputs)
     return graph, inputs

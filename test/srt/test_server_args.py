@@ -103,7 +103,10 @@ REFUSED = [
     Refused(("--nsa-decode-backend triton", "--device cpu"), {"nsa_decode_backend": "triton"}),
     Refused(("--nsa-prefill-backend flashmla_kv", "--device cpu"), {"nsa_prefill_backend": "flashmla_kv"}),
     Refused(("--sampling-backend flashinfer", "--device cpu"), {"sampling_backend": "flashinfer"}),
-    Refused(("--nsa-metadata-copy streams", "--device cpu"), NEXTN | {"nsa_metadata_copy": "streams"}),
+    *(
+        Refused(("--nsa-metadata-copy", copy), NEXTN | {"nsa_metadata_copy": copy})
+        for copy in ("foreach", "streams", "cat", "triton")  # the benchmark's alone
+    ),
     Refused(("--speculative-num-steps 3", "--speculative-algorithm"), {"speculative_num_steps": 3}),
     Refused(
         ("--speculative-num-draft-tokens 4", "--speculative-algorithm"), {"speculative_num_draft_tokens": 4}
@@ -123,9 +126,12 @@ REFUSED = [
         ("--nsa-metadata-copy torch", "--nsa-metadata-layout shared"),
         NEXTN | {"nsa_metadata_layout": "shared", "nsa_metadata_copy": "torch"},
     ),
-    Refused(
-        ("--nsa-metadata-layout in_graph", "--disable-cuda-graph"),
-        NEXTN | {"nsa_metadata_layout": "in_graph", "disable_cuda_graph": True},
+    *(
+        Refused(
+            (f"--nsa-metadata-layout {layout}", "--disable-cuda-graph"),
+            NEXTN | {"nsa_metadata_layout": layout, "disable_cuda_graph": True},
+        )
+        for layout in ("in_graph", "indirect")
     ),
 ]
 
@@ -138,7 +144,7 @@ def test_impossible_arguments_name_the_flags(case: Refused) -> None:
         assert name in str(error.value)
 
 
-@pytest.mark.parametrize("layout", ["replicate", "shared", "in_graph"])
+@pytest.mark.parametrize("layout", ["replicate", "shared", "in_graph", "indirect"])
 def test_layouts_are_accepted_with_the_flag(layout: str) -> None:
     with PRECOMPUTE.override(True):
         assert make(**NEXTN, nsa_metadata_layout=layout).nsa_metadata_layout == layout

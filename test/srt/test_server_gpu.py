@@ -40,7 +40,7 @@ CASES = [
                 layout,
             ),
         )
-        for layout in ("replicate", "shared", "in_graph")
+        for layout in ("replicate", "shared", "in_graph", "indirect")
     ),
 ]
 

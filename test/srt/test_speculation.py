@@ -51,21 +51,21 @@ CASES = [
     Case("page-size-1", args={"page_size": 1}),
     Case("page-size-16", args={"page_size": 16}),
     Case("committed", args={"nsa_draft_seqlens": "committed"}),
-    *(
-        Case(f"copy-{copy}", args={"nsa_metadata_copy": copy})
-        for copy in ("torch", "foreach", "cat", "fused")
-    ),
+    *(Case(f"copy-{copy}", args={"nsa_metadata_copy": copy}) for copy in ("torch", "direct", "fused")),
     *(
         Case(f"{layout}-{rule}", args={"nsa_metadata_layout": layout, "nsa_draft_seqlens": rule})
-        for layout in ("shared", "in_graph")
+        for layout in ("shared", "in_graph", "indirect")
         for rule in ("committed", "step")
     ),
 ]
 
 
 CUDA_CASES = [
-    *(Case(f"copy-{copy}", args={"nsa_metadata_copy": copy}) for copy in ("streams", "triton")),
-    *(Case(f"decode-{ops}", args={"nsa_decode_backend": ops}) for ops in ("torch", "triton")),
+    *(
+        Case(f"decode-{ops}-{layout}", args={"nsa_decode_backend": ops, "nsa_metadata_layout": layout})
+        for ops in ("torch", "triton")
+        for layout in ("replicate", "indirect")
+    ),
 ]
 ON_DEVICES = [pytest.param(case, "cpu", id=f"cpu-{case.name}") for case in CASES] + [
     pytest.param(case, "cuda", id=f"cuda-{case.name}", marks=pytest.mark.gpu) for case in CASES + CUDA_CASES

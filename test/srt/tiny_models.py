@@ -177,8 +177,8 @@ class PagedDriver:
         self.backend = NativeSparseAttnBackend(nsa)
 
     def _recording(self, ops: SparseAttentionOps):
-        def select_topk(*args):
-            slots = ops.select_topk(*args)
+        def select_topk(*args, **kwargs):
+            slots = ops.select_topk(*args, **kwargs)
             self.selected.append(
                 [{self.position_of_slot[s] for s in row if s >= 0} for row in slots.tolist()]
             )

@@ -8,13 +8,15 @@ from itertools import product
 
 import torch
 
-from sglang.srt.layers.attention.nsa.metadata import MetadataMode, MetadataShape
+from sglang.srt.layers.attention.nsa.metadata import FIELDS, MetadataMode, MetadataShape
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs
 from sglang.srt.layers.attention.nsa.paths import MetadataSelection
+from sglang.srt.layers.attention.registry import IMPLEMENTATIONS
 
 TOPK = 2048  # index_topk of DeepSeek-V3.2
 DRAFT_TOKENS = 4  # rows of a request in the expanded modes
 INPUT_SETS = 4  # rotated between calls
+READS = IMPLEMENTATIONS["triton"].reads  # what layout indirect generates: what a server on a GPU reads
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ class BenchCase:
     @property
     def table_bytes(self) -> int:
         """Page tables of one backend."""
-        shape = self.shape
-        return 4 * shape.rows * (shape.width + (shape.paged_width if shape.page_size > 1 else 0))
+        return self.shape.table_bytes
 
     @property
     def set_bytes(self) -> int:
@@ -71,6 +72,13 @@ class BenchCase:
     def generate_bytes(self) -> int:
         """The token table read once, one set written."""
         return self.set_bytes + 4 * self.bs * self.max_len
+
+    @property
+    def indirect_bytes(self) -> int:
+        """The lengths read, and for each different rule the vectors written that READS names."""
+        extents = [field.extent for field in FIELDS if field.is_vector and field.backend in READS]
+        written = sum(map(self.shape.length_of, extents))
+        return 4 * (self.bs + len(set(self.offsets)) * written)
 
 
 def _decode(bs: tuple[int, ...], contexts: tuple[int, ...], backends: tuple[int, ...]) -> list[BenchCase]:

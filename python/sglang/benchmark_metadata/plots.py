@@ -19,8 +19,10 @@ SERIES: tuple[tuple[str, str, str, str, str], ...] = (
     ("Triton, one launch", "replicate", "triton", "fused", "#80b1d3"),
     ("fused, N launches", "replicate", "fused_n", "fused", "#67a9cf"),
     ("replicate, fused for N", "replicate", "fused", "fused", "#2166ac"),
+    ("replicate, generated into N", "replicate", "direct", "fused", "#053061"),
     ("shared", "shared", "-", "fused", "#1a9850"),
     ("in_graph", "in_graph", "-", "fused", "#66bd63"),
+    ("indirect", "indirect", "-", "fused", "#b8860b"),
 )
 
 
@@ -120,7 +122,9 @@ def _bars(results: list[Result], where: str, path: Path) -> Path:
 
 def _memory(results: list[Result], where: str, path: Path) -> Path:
     figure, axes = _figure(f"Page tables held, and bytes moved at every replay\n{where}")
-    for name, *key, colour in (s for s in SERIES if s[0].startswith(("per-backend", "replicate", "shared"))):
+    for name, *key, colour in (
+        s for s in SERIES if s[1] in ("recompute", "shared", "indirect") or s[2] in ("fused", "direct")
+    ):
         points = _of_series(results, *key)
         if not points:
             continue

@@ -25,7 +25,7 @@ class Row:
     context: int
     N: int
     page_size: int
-    path: str  # recompute | replicate | shared | in_graph | floor
+    path: str  # recompute | replicate | shared | in_graph | indirect | floor
     copy: str
     generator: str
     draft_seqlens: str

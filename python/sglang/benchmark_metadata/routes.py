@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from sglang.srt.layers.attention.nsa.kernels import load_kernels
 from sglang.srt.layers.attention.nsa.metadata import poison_
-from sglang.srt.layers.attention.nsa.metadata_generators import FusedGenerator, TorchGenerator
-from sglang.srt.layers.attention.nsa.paths import PATHS, GraphMetadata, MetadataMethods, MetadataSelection
-from sglang.srt.layers.attention.nsa.replicate import COPIERS, FusedCopier, Region
+from sglang.srt.layers.attention.nsa.paths import PATHS, GraphMetadata, MetadataSelection
 
-from .cases import BenchCase, BenchInputs
+from .cases import READS, BenchCase, BenchInputs
+from .competitors import ALL_COPIERS, NEEDS_CUDA, methods_of
 from .measure import capture_graph
 
 POISON = -0x5A5A5A5B
-
-
-class FusedEachCopier:
-    """The library's copy kernel once for each backend: what one launch for all is compared with."""
-
-    def __init__(self, regions: Sequence[Region]) -> None:
-        backends = max(len(region.dsts) for region in regions)
-        groups: list[list[Region]] = [[] for _ in range(backends)]
-        for region in regions:
-            for group, dst in zip(groups, region.dsts):
-                group.append(Region(region.src, (dst,), region.cols_per))
-        self.copiers = [FusedCopier(group) for group in groups]
-
-    def run(self, max_len: int) -> None:
-        for copier in self.copiers:
-            copier.run(max_len)
-
-
-_GENERATORS = {"torch": TorchGenerator, "fused": FusedGenerator}
-_COPIERS = {**COPIERS, "fused_n": FusedEachCopier, "-": COPIERS["torch"]}
 
 
 @dataclass(frozen=True)
@@ -47,9 +26,9 @@ class Route:
     copy: str = "-"
     generator: str = "fused"
 
-    @property
-    def methods(self) -> MetadataMethods:
-        return MetadataMethods(self.copy, _GENERATORS[self.generator], _COPIERS[self.copy])
+    def copies(self, case: BenchCase) -> bool:
+        """Whether there is a staging set that is copied out of."""
+        return self.path == "replicate" and case.backends > 1 and ALL_COPIERS[self.copy] is not None
 
     def bytes(self, case: BenchCase) -> int:
         """Read and written by the path, each source once, whatever else its implementation touches."""
@@ -57,14 +36,20 @@ class Route:
         more_lengths = (len(set(case.offsets)) - 1) * case.length_bytes
         if self.path == "recompute":
             return case.generate_bytes + (n - 1) * case.set_bytes
-        if self.path == "replicate" and n > 1:
+        if self.path == "indirect":
+            return case.indirect_bytes
+        if self.copies(case):
             return case.generate_bytes + more_lengths + (1 + n) * case.set_bytes
+        if self.path == "replicate":  # straight into every backend
+            return case.generate_bytes + (n - 1) * case.set_bytes
         return case.generate_bytes + more_lengths
 
     def held_bytes(self, case: BenchCase) -> int:
         """Page tables that the path keeps allocated."""
-        n = case.backends
-        sets = 1 if PATHS[self.path].shares_buffers else n + (self.path == "replicate" and n > 1)
+        path = PATHS[self.path]
+        if not path.has_tables:
+            return 0
+        sets = 1 if path.shares_buffers else case.backends + self.copies(case)
         flat = case.set_bytes if self.copy == "cat" else 0
         return sets * case.table_bytes + flat
 
@@ -80,24 +65,22 @@ ROUTES: tuple[Route, ...] = (
     Route("replicate", "triton"),
     Route("replicate", "fused_n"),
     Route("replicate", "fused"),
+    Route("replicate", "direct"),
     Route("shared", generator="torch"),
     Route("shared"),
     Route("in_graph"),
+    Route("indirect"),
 )
 
 
 def routes_of(case: BenchCase) -> list[Route]:
     """With one backend there is nothing to copy, so replicate is measured once for each generator."""
-    if case.backends > 1:
-        return list(ROUTES)
-    return [r for r in ROUTES if r.path != "replicate" or r.copy in ("torch", "fused")][:4] + [
-        r for r in ROUTES if r.path in ("shared", "in_graph")
-    ]
+    return [r for r in ROUTES if case.backends > 1 or r.path != "replicate" or r.copy in ("torch", "fused")]
 
 
 def unavailable(route: Route, device: torch.device) -> str | None:
     """Why a route cannot be measured here, or None."""
-    if route.copy in ("streams", "triton") and device.type != "cuda":
+    if route.copy in NEEDS_CUDA and device.type != "cuda":
         return "needs CUDA"
     if "fused" in (route.generator, route.copy):
         try:
@@ -120,7 +103,8 @@ class Subject:
         selection = MetadataSelection(
             enabled, route.path if enabled else "replicate", "auto", case.draft_seqlens
         )
-        self.metadata = GraphMetadata(selection, case.shape, case.offsets, device, methods=route.methods)
+        methods = methods_of(route.copy, route.generator)
+        self.metadata = GraphMetadata(selection, case.shape, case.offsets, device, methods, reads=READS)
         self.metadata.capture(inputs.metadata_inputs)
         self.host_call: Callable[[], None] = lambda: self.metadata.replay(case.bs, case.max_len)
         self.call = self.host_call

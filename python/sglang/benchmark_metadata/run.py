@@ -151,9 +151,13 @@ def _floors(case: BenchCase, settings: Settings, baseline: float | None) -> Iter
         row.bytes = 8 * case.bs if name == "copy_" else 0
         row.ratio = round(baseline / row.completion_us, 3) if baseline else None
         yield row
-    for path in ("replicate", "shared"):
-        row = _floor(case, f"{path[:6]}/bw", device)
-        row.bytes = Route(path, "fused").bytes(case)
+    for name, route in (
+        ("replic/bw", Route("replicate", "fused")),
+        ("direct/bw", Route("replicate", "direct")),
+        ("shared/bw", Route("shared")),
+    ):
+        row = _floor(case, name, device)
+        row.bytes = route.bytes(case)
         # On the GPU the bandwidth of its memory; a CPU's depends on which cache the case fits into.
         size = _LARGE if device.type == "cuda" else row.bytes
         row.completion_us = round(row.bytes / copy_bandwidth(device, size) * 1e6, 2)

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from tqdm import tqdm
 
-from sglang.srt.layers.attention.nsa.metadata import MetadataMode
+from sglang.srt.layers.attention.nsa.metadata import ALL_FIELDS, MetadataMode
 from sglang.srt.layers.attention.nsa.paths import PATHS, MetadataSelection
 from sglang.srt.layers.attention.nsa_backend import (
     NativeSparseAttnBackend,
@@ -119,7 +119,7 @@ class Lane:
     """Draft, verification and extension over one selection of a path, with verification on."""
 
     def __init__(self, selection: MetadataSelection, pool: ReqToTokenPool, device: torch.device) -> None:
-        ops = SparseAttentionOps("none", _no_attention, _no_attention)
+        ops = SparseAttentionOps("none", _no_attention, _no_attention, reads=ALL_FIELDS)
         config = NSAConfig(TOPK, 64, WIDTH, device, selection, ops, ops)
         draft = NativeSparseAttnMultiStepBackend(config, DRAFT_TOKENS - 2)
         target, extend = NativeSparseAttnBackend(config), NativeSparseAttnBackend(config)
@@ -151,9 +151,9 @@ def _body(step: StepInputs, eager: bool) -> torch.Tensor:
 
 def selections(device: torch.device) -> Iterator[MetadataSelection]:
     """Every path with both rules, by the fused kernels."""
-    for path, rule in product(PATHS, ("step", "committed")):
-        if path != "recompute":
-            yield MetadataSelection(True, path, "fused", rule, check_replays=True)
+    layouts = [(path, "fused") for path in PATHS if path != "recompute"] + [("replicate", "direct")]
+    for (path, copy), rule in product(layouts, ("step", "committed")):
+        yield MetadataSelection(True, path, copy, rule, check_replays=True)
 
 
 def soak(count: int, device: torch.device, seed: int = 0, progress: bool = False) -> SoakReport:
@@ -163,7 +163,8 @@ def soak(count: int, device: torch.device, seed: int = 0, progress: bool = False
     share = -(-count // len(chosen))
     with tqdm(total=share * len(chosen), unit="replay", desc="soak", disable=not progress) as bar:
         for i, selection in enumerate(chosen):
-            report.paths.append(f"{selection.path}/{selection.draft_seqlens}")
+            copy = f"/{selection.copy}" if selection.path == "replicate" else ""
+            report.paths.append(f"{selection.path}{copy}/{selection.draft_seqlens}")
             _soak_path(selection, share, device, seed + i, report, bar)
     return report
 

@@ -16,8 +16,8 @@ from sglang.srt.environ import envs
 from sglang.srt.sglang_args import SGLangArgs
 
 NSA_BACKENDS = ("auto", "torch", "triton", "flashinfer", "flashmla_kv", "flashmla_sparse")
-METADATA_LAYOUTS = ("replicate", "shared", "in_graph")
-METADATA_COPIES = ("auto", "fused", "foreach", "streams", "cat", "triton", "torch")
+METADATA_LAYOUTS = ("replicate", "shared", "in_graph", "indirect")
+METADATA_COPIES = ("auto", "fused", "direct", "torch")
 DEFAULT_SPECULATIVE_NUM_STEPS = 4
 
 
@@ -188,7 +188,6 @@ class ServerArgs(SGLangArgs):
             "nsa_prefill_backend": ("triton", "flashinfer", "flashmla_kv", "flashmla_sparse"),
             "nsa_decode_backend": ("triton", "flashinfer", "flashmla_kv", "flashmla_sparse"),
             "sampling_backend": ("flashinfer",),
-            "nsa_metadata_copy": ("triton", "streams"),
         }
         for name, values in needs_cuda.items():
             value = getattr(self, name)
@@ -250,8 +249,8 @@ class ServerArgs(SGLangArgs):
             f"--nsa-metadata-copy {copy} has nothing to copy with --nsa-metadata-layout {layout}",
         )
         yield (
-            layout == "in_graph" and self.disable_cuda_graph,
-            "--nsa-metadata-layout in_graph cannot be used with --disable-cuda-graph",
+            layout in ("in_graph", "indirect") and self.disable_cuda_graph,
+            f"--nsa-metadata-layout {layout} cannot be used with --disable-cuda-graph",
         )
 
     @classmethod

@@ -19,6 +19,7 @@ from .paged_mqa_schedule import (
     PagedMQASplit,
     find_split,
 )
+from .replays import bind_copy, bind_generate, bind_generate_and_copy
 
 __all__ = [
     "DEEP_GEMM_SPLITS",
@@ -30,6 +31,9 @@ __all__ = [
     "PagedMQASchedulePlan",
     "PagedMQASplit",
     "available",
+    "bind_copy",
+    "bind_generate",
+    "bind_generate_and_copy",
     "find_split",
     "fused_metadata_copy_cuda",
     "fused_metadata_copy_multi_cuda",

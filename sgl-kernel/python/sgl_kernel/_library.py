@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ("cpu", "cuda")
-ABI_VERSION = 2  # kAbiVersion of include/sgl_kernel_ops.h
+ABI_VERSION = 3  # kAbiVersion of include/sgl_kernel_ops.h
 LIBRARY_DIR_VARIABLE = "SGL_KERNEL_LIBRARY_DIR"
 
 
@@ -51,6 +52,12 @@ def operator(device_type: str, name: str) -> Any:
     if loaded.ops is None:
         raise RuntimeError(loaded.error)
     return getattr(loaded.ops, name).default
+
+
+def entry(device_type: str, name: str) -> Callable[..., None]:
+    """The same without OpOverload's own Python call around it: what is called once a step."""
+    overload = operator(device_type, name)
+    return getattr(overload, "_op", overload)
 
 
 def search_directories() -> list[Path]:

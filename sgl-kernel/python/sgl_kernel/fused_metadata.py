@@ -54,7 +54,7 @@ class FusedMetadataCopyPlan:
             if region.rows not in ("all", "expanded"):
                 where = f"fused_metadata_copy: regions[{i}].rows"
                 raise RuntimeError(f"{where}: expected 'all' or 'expanded', found {region.rows!r}")
-        device_type = self._regions[0].src.device.type
+        self.device_type = device_type = self._regions[0].src.device.type
         self._plan = operator(device_type, "fused_metadata_copy_plan")(
             [r.src for r in self._regions],
             [dst for r in self._regions for dst in r.dsts],
@@ -159,7 +159,7 @@ class NSAMetadataGeneratePlan:
     ) -> None:
         self._tensors = (seq_lens, req_pool_indices, req_to_token, accept_lens, tuple(destinations))
         fields = [d.tensors() for d in destinations]
-        device_type = seq_lens.device.type
+        self.device_type = device_type = seq_lens.device.type
         self._plan = operator(device_type, "nsa_metadata_generate_plan")(
             mode,
             bs,

@@ -12,6 +12,7 @@ from sglang.srt.layers.attention.nsa.metadata import (
     MetadataMode,
     MetadataShape,
     NSAMetadata,
+    SlotTable,
     as_backend_metadata,
 )
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs, precompute_metadata
@@ -45,11 +46,11 @@ class NSAConfig:
 
 @dataclass(frozen=True)
 class RaggedMetadata:
-    """EXTEND: requests with any number of rows, which share their request's page table."""
+    """EXTEND: requests with any number of rows."""
 
-    page_table_1: torch.Tensor  # [bs, max_len], int32
+    slot_table: SlotTable
     nsa_seqlens_expanded: torch.Tensor  # [T], int32: keys visible to each row
-    table_rows: torch.Tensor  # [T], int64: which page table a row reads
+    width: int  # the longest sequence
     reader: ReaderState = NO_STATE
 
 
@@ -71,6 +72,7 @@ class _GraphHooks:
             offsets,
             self.config.device,
             prepare=self.config.decode_ops.prepare,
+            reads=self.config.decode_ops.reads,
         )
 
     def init_forward_metadata_capture_cuda_graph(self, inputs: MetadataInputs) -> None:
@@ -81,11 +83,11 @@ class _GraphHooks:
     def init_forward_metadata_replay_cuda_graph(self, bs: int, max_len: int) -> None:
         """Before each replay: the metadata of the (padded) batch size. `max_len` bounds the row lengths."""
         self.graph_metadata.replay(bs, max_len)
-        for backend, metadata in zip(self.attn_backends, self.graph_metadata.backends[bs]):
-            backend.forward_metadata = metadata
 
     def init_forward_metadata_in_graph(self, bs: int) -> None:
-        """The first thing that the captured function does."""
+        """The first thing that the captured function does; a replay of a CUDA graph has it behind it."""
+        for backend, metadata in zip(self.attn_backends, self.graph_metadata.backends[bs]):
+            backend.forward_metadata = metadata
         self.graph_metadata.run_in_graph(bs)
 
     def check_after_replay(self, bs: int) -> None:
@@ -118,16 +120,18 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
         metadata = self.forward_metadata
         ragged = isinstance(metadata, RaggedMetadata)
         ops = self.config.prefill_ops if ragged else self.config.decode_ops
-        lengths = metadata.nsa_seqlens_expanded
+        lengths, table = metadata.nsa_seqlens_expanded, metadata.slot_table
         slots = ops.select_topk(
             inputs.q_index,
             inputs.index_weights,
             pool.index_k_buffer[layer_id],
-            metadata.page_table_1,
-            metadata.table_rows if ragged else None,
+            table.slots,
+            table.rows,
             lengths,
             self.config.topk,
-            _live_width(lengths, metadata.page_table_1),
+            _live_width(lengths, metadata.width if ragged else self.config.width),
+            rows_per_req=table.rows_per_req,
+            padding_slot=ops.padding_slot,
         )  # [T, topk], int32
         return ops.sparse_mla(
             inputs.q_nope,
@@ -158,7 +162,9 @@ class NativeSparseAttnMultiStepBackend(_GraphHooks):
 
 
 def _eager_metadata(config: NSAConfig, inputs: MetadataInputs, seqlens_offset: int = 0) -> NSAMetadata:
-    metadata = as_backend_metadata(precompute_metadata(inputs, seqlens_offset=seqlens_offset))
+    """Of a pass that runs once: its readers follow req_to_token, so no page table is made."""
+    computed = precompute_metadata(inputs, seqlens_offset=seqlens_offset, max_len=0)
+    metadata = replace(as_backend_metadata(computed), requests=inputs.slot_table)
     return metadata.prepared(config.decode_ops.prepare)
 
 
@@ -177,23 +183,21 @@ def metadata_inputs(config: NSAConfig, forward_batch: ForwardBatch) -> MetadataI
 
 
 def _ragged_metadata(config: NSAConfig, forward_batch: ForwardBatch) -> RaggedMetadata:
-    req_to_token = forward_batch.req_to_token_pool.req_to_token
-    device = req_to_token.device
-    rows = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int64, device=device)  # [bs]
-    width = max(forward_batch.seq_lens_cpu, default=0)
+    rows = torch.tensor(forward_batch.extend_seq_lens_cpu, device=forward_batch.positions.device)  # [bs]
+    requests = torch.repeat_interleave(
+        forward_batch.req_pool_indices, rows, output_size=forward_batch.input_ids.shape[0]
+    )  # [T]
     metadata = RaggedMetadata(
-        page_table_1=req_to_token[:, :width].index_select(0, forward_batch.req_pool_indices),
+        slot_table=SlotTable(forward_batch.req_to_token_pool.req_to_token, requests),
         nsa_seqlens_expanded=(forward_batch.positions + 1).to(torch.int32),
-        table_rows=torch.repeat_interleave(
-            torch.arange(len(rows), device=device), rows, output_size=forward_batch.input_ids.shape[0]
-        ),
+        width=max(forward_batch.seq_lens_cpu, default=0),
     )
     prepare = config.prefill_ops.prepare
     return metadata if prepare is None else replace(metadata, reader=prepare(metadata))
 
 
-def _live_width(lengths: torch.Tensor, page_table: torch.Tensor) -> int:
+def _live_width(lengths: torch.Tensor, width: int) -> int:
     """Columns worth looking at. On the CPU reading the longest length costs nothing."""
     if lengths.device.type != "cpu":
-        return page_table.shape[1]
-    return min(int(lengths.max()), page_table.shape[1]) if lengths.numel() else 0
+        return width
+    return min(int(lengths.max()), width) if lengths.numel() else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,19 +13,25 @@ from sglang.srt.layers.attention.nsa.schedules import NO_STATE, Prepare, ReaderS
 
 logger = logging.getLogger(__name__)
 
+# What both indexers read: the slots of a row's positions, and how many of them count. Without page tables the
+# slots come from req_to_token.
+SELECTION_READS = frozenset({"page_table_1", "nsa_seqlens_expanded"})
+
 
 @dataclass(frozen=True)
 class SparseAttentionOps:
     """The two halves of sparse MLA attention; signatures in `nsa/indexer.py` and `nsa/sparse_mla.py`.
 
     `sparse_mla` takes one more argument, the state that `prepare` made for the batch size (None: it
-    needs none). Slots come with those that count first in each row, then -1.
+    needs none). Slots come with those that count first in each row, then `padding_slot`.
     """
 
     name: str
     select_topk: Callable[..., torch.Tensor]
     sparse_mla: Callable[..., torch.Tensor]
     prepare: Prepare | None = None
+    padding_slot: int = -1  # what `sparse_mla` takes beyond a row's slots
+    reads: frozenset[str] = SELECTION_READS  # fields of the metadata
 
 
 def _without_state(sparse_mla: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -62,7 +68,9 @@ def _flashinfer_ops(dims: AttentionDims | None, device: torch.device) -> SparseA
     attention = FlashInferSparseMLA(dims, device)
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
 
-    return SparseAttentionOps("flashinfer", select_topk, attention.sparse_mla, attention.prepare)
+    return SparseAttentionOps(
+        "flashinfer", select_topk, attention.sparse_mla, attention.prepare, attention.padding_slot
+    )
 
 
 def _flashmla_sparse_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
@@ -88,6 +96,7 @@ class Implementation:
     """How to build one implementation, and which passes it serves."""
 
     build: Callable[[AttentionDims | None, torch.device], SparseAttentionOps]
+    reads: frozenset[str] = SELECTION_READS  # fields of the metadata
     of_library: bool = False  # serves only dimensions that the library was compiled for
     prefill: bool = True  # False: only passes with a fixed number of rows a request
 
@@ -95,10 +104,22 @@ class Implementation:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "torch": Implementation(_torch_ops),
     "triton": Implementation(_triton_ops),
-    "flashinfer": Implementation(_flashinfer_ops, of_library=True, prefill=False),
+    "flashinfer": Implementation(
+        _flashinfer_ops, SELECTION_READS | {"nsa_cache_seqlens_int32"}, of_library=True, prefill=False
+    ),
     "flashmla_sparse": Implementation(_flashmla_sparse_ops, of_library=True),
-    "flashmla_kv": Implementation(_flashmla_kv_ops, of_library=True),
+    "flashmla_kv": Implementation(
+        _flashmla_kv_ops,
+        SELECTION_READS | {"flashmla_metadata.flashmla_metadata", "flashmla_metadata.num_splits"},
+        of_library=True,
+    ),
 }
+
+
+def _built(
+    implementation: Implementation, dims: AttentionDims | None, device: torch.device
+) -> SparseAttentionOps:
+    return replace(implementation.build(dims, device), reads=implementation.reads)
 
 
 def select_attention_ops(
@@ -115,7 +136,7 @@ def select_attention_ops(
     if name == "auto":
         chosen = "triton" if device.type == "cuda" else "torch"
         logger.info("sparse attention for %s: auto chose %s", role, chosen)
-        return IMPLEMENTATIONS[chosen].build(dims, device)
+        return _built(IMPLEMENTATIONS[chosen], dims, device)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"sparse attention implementation for {role} must be auto or one of {list(IMPLEMENTATIONS)}, "
@@ -130,6 +151,6 @@ def select_attention_ops(
         if dims is None:
             raise ValueError(f"sparse attention implementation {name} for {role} needs the model's dims")
     try:
-        return implementation.build(dims, device)
+        return _built(implementation, dims, device)
     except ImportError as error:
         raise ImportError(f"sparse attention implementation {name} for {role}: {error}") from error

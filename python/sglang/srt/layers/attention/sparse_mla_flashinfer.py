@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -53,6 +54,14 @@ class FlashInferPlan:
     bounds: WorkBounds
 
 
+@dataclass(frozen=True)
+class FlashInferState:
+    """What the kernel is called with for one backend's rows."""
+
+    plan: FlashInferPlan
+    lengths: torch.Tensor  # [rows], int32: slots of each row, kept up to date as metadata
+
+
 class FlashInferSparseMLA:
     """`sparse_mla` by FlashInfer, for passes with a fixed number of rows: decode, verify, draft-extend.
 
@@ -60,9 +69,12 @@ class FlashInferSparseMLA:
     first use), and ValueError where it cannot serve the model.
     """
 
-    def __init__(self, dims: AttentionDims, device: torch.device) -> None:
+    # Beyond a row's slots the kernel's indices must still be those of pages that exist: 0, the padding's.
+    padding_slot = 0
+
+    def __init__(self, dims: AttentionDims, device: torch.device, mla: ModuleType | None = None) -> None:
         dims.require("flashinfer", kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, dtype=torch.bfloat16)
-        self.mla = load_flashinfer("mla")
+        self.mla = mla or load_flashinfer("mla")
         self.dims, self.topk, self.device = dims, dims.index_topk, device
         self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.rows_plan = functools.lru_cache(maxsize=PLANS_KEPT)(self._plan_rows)
@@ -75,35 +87,36 @@ class FlashInferSparseMLA:
         """FlashInfer's plan for the number of rows, and the bounds that follow the lengths."""
         if metadata.shape.rows == 0:
             return ReaderState()
-        rows_plan = self.rows_plan(metadata.shape.rows)
+        rows_plan, lengths = self.rows_plan(metadata.shape.rows), metadata.nsa_cache_seqlens_int32
         schedule = LengthSchedule.create(
             "flashinfer_kv_bounds", metadata, lambda of: rows_plan.bounds.cut(of.nsa_cache_seqlens_int32)
         )
-        return ReaderState(library=rows_plan, schedules=(schedule,))
+        return ReaderState(library=FlashInferState(rows_plan, lengths), schedules=(schedule,))
 
     def sparse_mla(
         self,
         q_nope: torch.Tensor,  # [T, H, 512], bfloat16
         q_rope: torch.Tensor,  # [T, H, 64]
         kv_buffer: torch.Tensor,  # [slots, 576]
-        topk_slots: torch.Tensor,  # [T, topk], int32: as many as the metadata says, then -1
+        topk_slots: torch.Tensor,  # [T, topk], int32: as many as the metadata says, then padding_slot
         softmax_scale: float,
         reader: ReaderState = NO_STATE,
     ) -> torch.Tensor:
         """As `sparse_mla.sparse_mla`: mixed latents [T, H, 512]; zeros for a row without any slot."""
         if q_nope.shape[0] == 0:
             return torch.zeros_like(q_nope)
-        rows_plan: FlashInferPlan = reader.library
+        state: FlashInferState = reader.library
+        plan = state.plan
         assert softmax_scale == self.dims.softmax_scale  # it is part of the plan
-        rows_plan.kv_indices.copy_(topk_slots.view(-1))
-        rows_plan.kv_bounds.copy_(reader.schedules[0].target)
-        out = rows_plan.run(
+        plan.kv_indices.copy_(topk_slots.view(-1))
+        plan.kv_bounds.copy_(reader.schedules[0].target)
+        out = plan.run(
             q_nope.contiguous(),
             q_rope.contiguous(),
             kv_buffer[:, None, :LATENT],
             kv_buffer[:, None, LATENT:],
         )
-        return out.masked_fill_((topk_slots[:, 0] < 0)[:, None, None], 0.0)
+        return out.masked_fill_((state.lengths == 0)[:, None, None], 0.0)
 
     def _plan_rows(self, rows: int) -> FlashInferPlan:
         def ints(n: int) -> torch.Tensor:

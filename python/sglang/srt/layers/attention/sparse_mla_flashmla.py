@@ -61,7 +61,7 @@ class FlashMLASparse:
         q_nope: torch.Tensor,  # [T, H, 512], bfloat16
         q_rope: torch.Tensor,  # [T, H, 64]
         kv_buffer: torch.Tensor,  # [slots, 576]
-        topk_slots: torch.Tensor,  # [T, topk], int32: those that count first, then -1
+        topk_slots: torch.Tensor,  # [T, topk], int32: those that count first, then -1, as FlashMLA wants
         softmax_scale: float,
     ) -> torch.Tensor:
         """As `sparse_mla.sparse_mla`: mixed latents [T, H, 512]; zeros for a row without any slot."""
@@ -110,7 +110,7 @@ class FlashMLAKV:
         q_nope: torch.Tensor,  # [T, H, 512], bfloat16
         q_rope: torch.Tensor,  # [T, H, 64]
         kv_buffer: torch.Tensor,  # [slots, 656], uint8: `fp8_kv.py`; slots is a multiple of 64
-        topk_slots: torch.Tensor,  # [T, topk], int32: those that count first, then -1
+        topk_slots: torch.Tensor,  # [T, topk], int32: those that count first, then -1, as FlashMLA wants
         softmax_scale: float,
         reader: ReaderState = NO_STATE,
     ) -> torch.Tensor:

@@ -21,31 +21,39 @@ def select_topk(
     index_weights: torch.Tensor,  # [T, Hi], float32
     index_k_buffer: torch.Tensor,  # [slots, Di]: the indexer's keys
     page_table: torch.Tensor,  # [R, W], int32: slot of each position
-    table_rows: torch.Tensor | None,  # [T], int64: row t's row of the page table; None: row t itself
+    table_rows: torch.Tensor | None,  # which row of the page table: as in `metadata.SlotTable`
     lengths: torch.Tensor,  # [T], int32: keys that row t sees, >= 0
     topk: int,
     width: int,  # columns of the page table that can be live, <= W
+    *,
+    rows_per_req: int | None = None,  # with table_rows [T / rows_per_req]; None: [T], in runs
+    padding_slot: int = -1,
 ) -> torch.Tensor:
-    """Selects the keys of each row. Returns slots [T, topk], int32, -1 where there is none.
+    """Selects the keys of each row. Returns slots [T, topk], int32.
 
-    A row with at most `topk` keys gets them all. Slots come in the order of their positions, the -1 last.
+    A row with at most `topk` keys gets them all. Slots come in the order of their positions; after them
+    stands `padding_slot`: what the reader of the slots takes for none.
     Of keys with equal scores the one at the lower position is preferred. Scores are computed in float32.
     Columns of the page table at or past a row's length are never followed.
     """
     rows = q_index.shape[0]
-    slots = torch.full((rows, topk), -1, dtype=torch.int32, device=q_index.device)
+    slots = torch.full((rows, topk), padding_slot, dtype=torch.int32, device=q_index.device)
     if rows == 0 or width == 0:
         return slots
+    own_rows = None  # [T]: of tables that rows do not share in runs
+    if rows_per_req is not None:
+        own_rows, table_rows = table_rows.repeat_interleave(rows_per_req), None
     for chunk, table_row in _chunks(q_index, index_k_buffer.shape[1], table_rows, width):
         length = lengths[chunk, None]  # [n, 1]
         if table_row is None:
-            pages = page_table[chunk, :width]  # [n, width]
+            pages = page_table[:, :width]
+            pages = pages[chunk] if own_rows is None else pages.index_select(0, own_rows[chunk])  # [n, width]
             keys = _gather_keys(index_k_buffer, pages, length)  # [n, width, Di]
         else:
             pages = page_table[table_row, :width]  # [width]
             keys = _gather_keys(index_k_buffer, pages, length.max())  # [width, Di]
         scores = _scores(q_index[chunk], index_weights[chunk], keys)
-        slots[chunk, : min(topk, width)] = _topk_slots(scores, pages, length, topk)
+        slots[chunk, : min(topk, width)] = _topk_slots(scores, pages, length, topk, padding_slot)
     return slots
 
 
@@ -82,7 +90,9 @@ def _scores(q_index: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) ->
     return torch.bmm(weights[:, None, :], per_head).squeeze(1)
 
 
-def _topk_slots(scores: torch.Tensor, pages: torch.Tensor, length: torch.Tensor, topk: int) -> torch.Tensor:
+def _topk_slots(
+    scores: torch.Tensor, pages: torch.Tensor, length: torch.Tensor, topk: int, padding_slot: int
+) -> torch.Tensor:
     """scores [n, L], pages [n, L] or [L], length [n, 1] -> slots [n, min(topk, L)], int32."""
     width = scores.shape[1]
     columns = torch.arange(width, device=scores.device)
@@ -90,7 +100,7 @@ def _topk_slots(scores: torch.Tensor, pages: torch.Tensor, length: torch.Tensor,
     picked = topk_by_position(torch.where(live, scores, float("-inf")), min(topk, width))
     picked = torch.where(live.gather(1, picked), picked, width).sort(dim=-1).values
     slots = pages.expand(scores.shape).gather(1, picked.clamp(max=width - 1))
-    return torch.where(picked < width, slots, -1)
+    return torch.where(picked < width, slots, padding_slot)
 
 
 def topk_by_position(scores: torch.Tensor, topk: int) -> torch.Tensor:

@@ -15,16 +15,24 @@ CHUNK_ELEMENTS = 1 << 26
 TOPK_BLOCK = 2048  # scores that a program of the top-k looks at in one go
 
 
-# Not specialised on the width: it changes with every prefill, and must not compile anew for that.
-@triton.jit(do_not_specialize=["width"])
+@triton.jit
+def _table_row(table_rows, row, first_row, rows_per_req):
+    """The row's row of the page table; without table_rows the table is that of the T rows themselves."""
+    return row if table_rows is None else tl.load(table_rows + (first_row + row) // rows_per_req).to(tl.int64)
+
+
+# Not specialised on what changes with every prefill: it must not compile anew for that.
+@triton.jit(do_not_specialize=["width", "first_row", "rows_per_req"])
 def _scores_kernel(
     q_index,  # [T, Hi, Di]
     index_weights,  # [T, Hi], float32
     index_k,  # [slots, Di]
     page_table,  # [R, W], int32
-    table_rows,  # [T], int64, or None
+    table_rows,  # [all rows / rows_per_req], int32 or int64, or None
     lengths,  # [T], int32
     scores,  # [T, width], float32: written below each row's length
+    first_row,  # of the T rows among all
+    rows_per_req,
     heads,
     dim,
     width,
@@ -42,7 +50,7 @@ def _scores_kernel(
     length = tl.minimum(tl.load(lengths + row), width)
     first = tl.program_id(1) * BLOCK_N
     if first < length:
-        table_row = row if table_rows is None else tl.load(table_rows + row)
+        table_row = _table_row(table_rows, row, first_row, rows_per_req)
         columns = first + tl.arange(0, BLOCK_N)
         live = columns < length
         h = tl.arange(0, BLOCK_H)
@@ -68,16 +76,19 @@ def _ordered_keys(scores, columns, live):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 0x80000000
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width", "first_row", "rows_per_req"])
 def _topk_kernel(
     scores,  # [T, width], float32
     page_table,  # [R, W], int32
-    table_rows,  # [T], int64, or None
+    table_rows,  # [all rows / rows_per_req], int32 or int64, or None
     lengths,  # [T], int32
     slots,  # [T, topk], int32: every element is written
+    first_row,  # of the T rows among all
+    rows_per_req,
     width,
     table_stride,
     topk,
+    padding_slot,
     BLOCK: tl.constexpr,
 ):
     """One program: one row. Finds the k-th highest score digit by digit (a radix select: four passes of
@@ -85,15 +96,14 @@ def _topk_kernel(
     of their positions."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(lengths + row), width)
-    table_row = row if table_rows is None else tl.load(table_rows + row)
-    page_table += table_row * table_stride
+    page_table += _table_row(table_rows, row, first_row, rows_per_req) * table_stride
     scores += row * width
     slots += row * topk
     offsets = tl.arange(0, BLOCK)
     if length <= topk:
         for start in range(0, topk, BLOCK):
             columns = start + offsets
-            page = tl.load(page_table + columns, mask=columns < length, other=-1)
+            page = tl.load(page_table + columns, mask=columns < length, other=padding_slot)
             tl.store(slots + columns, page, mask=columns < topk)
     else:
         bins = tl.arange(0, 256)
@@ -133,12 +143,15 @@ def select_topk(
     index_weights: torch.Tensor,  # [T, Hi], float32
     index_k_buffer: torch.Tensor,  # [slots, Di], q_index's dtype
     page_table: torch.Tensor,  # [R, W], int32: slot of each position
-    table_rows: torch.Tensor | None,  # [T], int64: row t's row of the page table; None: row t itself
+    table_rows: torch.Tensor | None,  # which row of the page table: as in `metadata.SlotTable`
     lengths: torch.Tensor,  # [T], int32: keys that row t sees, >= 0
     topk: int,
     width: int,  # columns of the page table that can be live, <= W
+    *,
+    rows_per_req: int | None = None,  # with table_rows [T / rows_per_req]; None: [T]
+    padding_slot: int = -1,
 ) -> torch.Tensor:
-    """As `indexer.select_topk`: slots [T, topk], int32, by position, -1 where there is none."""
+    """As `indexer.select_topk`: slots [T, topk], int32, by position, then `padding_slot`."""
     rows, heads, dim = q_index.shape
     for tensor in (q_index, index_weights, index_k_buffer, page_table):
         assert tensor.stride(-1) == 1
@@ -147,7 +160,7 @@ def select_topk(
     if rows == 0:
         return slots
     if width == 0:
-        return slots.fill_(-1)
+        return slots.fill_(padding_slot)
     step = max(1, CHUNK_ELEMENTS // width)
     scores = torch.empty((min(rows, step), width), dtype=torch.float32, device=q_index.device)
     # float32 products are not done by tensor cores: their operands must fit the registers.
@@ -158,15 +171,16 @@ def select_topk(
         count = chunk.stop - chunk.start
         # Without table_rows a row of the chunk reads the page table's row of the same number.
         table = page_table[chunk] if table_rows is None else page_table
-        chunk_rows = None if table_rows is None else table_rows[chunk]
         _scores_kernel[(count, triton.cdiv(width, block_n))](
             q_index[chunk],
             index_weights[chunk],
             index_k_buffer,
             table,
-            chunk_rows,
+            table_rows,
             lengths[chunk],
             scores,
+            first,
+            rows_per_req or 1,
             heads,
             dim,
             width,
@@ -183,12 +197,15 @@ def select_topk(
         _topk_kernel[(count,)](
             scores,
             table,
-            chunk_rows,
+            table_rows,
             lengths[chunk],
             slots[chunk],
+            first,
+            rows_per_req or 1,
             width,
             table.stride(0),
             topk,
+            padding_slot,
             BLOCK=TOPK_BLOCK,
             num_warps=8,
         )

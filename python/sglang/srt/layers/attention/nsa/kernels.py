@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+_NEWEST = "bind_generate_and_copy"  # what the core calls that came last into the library
+
 
 def load_kernels(device_type: str) -> ModuleType:
     """The library with operators for `device_type`. Raises ImportError with the reason."""
@@ -17,10 +19,10 @@ def load_kernels(device_type: str) -> ModuleType:
         )
     except ImportError as error:
         raise ImportError(f"the kernel library is not installed: {error}") from error
-    if not hasattr(library, "FusedMetadataCopyPlan"):
+    if not hasattr(library, _NEWEST):
         raise ImportError(
-            f"the installed sgl_kernel ({library.__file__}) is another library than sgl-kernel-nsa: "
-            "it has no FusedMetadataCopyPlan"
+            f"the installed sgl_kernel ({library.__file__}) is another library than sgl-kernel-nsa, "
+            f"or an older one: it has no {_NEWEST}"
         )
     if not library.available(device_type):
         raise ImportError(

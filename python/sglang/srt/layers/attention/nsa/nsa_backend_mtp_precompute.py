@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .metadata import MetadataMode, MetadataShape, PrecomputedMetadata
+from .metadata import MetadataMode, MetadataShape, PrecomputedMetadata, SlotTable
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class MetadataInputs:
     req_pool_indices: torch.Tensor  # [bs], int32 or int64
     req_to_token: torch.Tensor  # [pool, >= width], int32
     accept_lens: torch.Tensor | None = None  # [bs], int32: DRAFT_EXTEND
+
+    @property
+    def slot_table(self) -> SlotTable:
+        """For readers that do without page tables."""
+        return SlotTable(self.req_to_token, self.req_pool_indices, self.shape.rows_per_req)
 
 
 def precompute_metadata(

@@ -1,11 +1,12 @@
 """Copies one staging set of metadata into N backends.
 
-A copy is a list of regions planned at capture; the methods differ in how they carry it out at replay.
+A copy is a list of regions planned at capture; the methods differ in how they carry it out at replay. Here
+are those that a server can be told to use; what else was tried is measured in `sglang/benchmark_metadata`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import torch
 
 from .kernels import load_kernels
 from .metadata import Extent, NSAMetadata, PrecomputedMetadata, fields_of
+from .metadata_generators import FusedGenerator
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ def plan_regions(
 
 
 class Copier(Protocol):
-    def run(self, max_len: int) -> None:
-        """Copies the live extent; `max_len` bounds the row lengths (-1: the full tables)."""
-        ...
+    """`run` copies the live extent; given a bound of the row lengths (-1: the full tables)."""
+
+    run: Callable[[int], None]
 
 
 class TorchCopier:
@@ -76,67 +78,6 @@ class TorchCopier:
                 dst.copy_(src)
 
 
-class ForeachCopier:
-    """One `torch._foreach_copy_` over all fields of all backends."""
-
-    def __init__(self, regions: Sequence[Region]) -> None:
-        self.regions = tuple(regions)
-
-    def run(self, max_len: int) -> None:
-        srcs, dsts = zip(*(pair for region in self.regions for pair in region.pairs(max_len)))
-        torch._foreach_copy_(dsts, srcs)
-
-
-class StreamsCopier:
-    """The copies of each field on a CUDA stream of their own, joined by events."""
-
-    def __init__(self, regions: Sequence[Region]) -> None:
-        device = regions[0].src.device
-        if device.type != "cuda":
-            raise ValueError(f"the copy method 'streams' needs CUDA, the metadata is on {device}")
-        self.regions = tuple(regions)
-        self.streams = [torch.cuda.Stream(device) for _ in regions]
-
-    def run(self, max_len: int) -> None:
-        current = torch.cuda.current_stream()
-        for region, stream in zip(self.regions, self.streams):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                for src, dst in region.pairs(max_len):
-                    dst.copy_(src)
-        for stream in self.streams:
-            current.wait_stream(stream)
-
-
-class CatCopier:
-    """All sources concatenated into one flat buffer, from which each backend's fields are copied."""
-
-    def __init__(self, regions: Sequence[Region]) -> None:
-        self.regions = tuple(regions)
-        self.flat = regions[0].src.new_empty(sum(region.src.numel() for region in regions))
-
-    def run(self, max_len: int) -> None:
-        pairs = [region.pairs(max_len) for region in self.regions]
-        sizes = [region_pairs[0][0].numel() for region_pairs in pairs]
-        flat = self.flat[: sum(sizes)]
-        torch.cat([region_pairs[0][0].reshape(-1) for region_pairs in pairs], out=flat)
-        for region_pairs, piece in zip(pairs, flat.split(sizes)):
-            for src, dst in region_pairs:
-                dst.copy_(piece.view(src.shape))
-
-
-class TritonCopier:
-    """One Triton launch over the table of regions (`triton_batched_copy.py`)."""
-
-    def __init__(self, regions: Sequence[Region]) -> None:
-        from .triton_batched_copy import BatchedCopy
-
-        self.copy = BatchedCopy(regions)
-
-    def run(self, max_len: int) -> None:
-        self.copy.run(max_len)
-
-
 class FusedCopier:
     """One launch of the library's kernel, whatever the number of backends."""
 
@@ -145,16 +86,17 @@ class FusedCopier:
         self.plan = kernels.FusedMetadataCopyPlan(
             [kernels.CopyRegion(src=r.src, dsts=r.dsts, cols_per=r.cols_per) for r in regions]
         )
-
-    def run(self, max_len: int) -> None:
-        self.plan.run(max_len=max_len)
+        self.run: Callable[[int], None] = kernels.bind_copy(self.plan)
 
 
-COPIERS: dict[str, type[Copier]] = {
-    "torch": TorchCopier,
-    "foreach": ForeachCopier,
-    "streams": StreamsCopier,
-    "cat": CatCopier,
-    "triton": TritonCopier,
-    "fused": FusedCopier,
-}
+class FusedReplication:
+    """The generation into the staging set and the fused copy out of it: two launches, one call."""
+
+    def __init__(self, generator: FusedGenerator, copier: FusedCopier) -> None:
+        kernels = load_kernels(generator.device_type)
+        self.run: Callable[[int], None] = kernels.bind_generate_and_copy(generator.plan, copier.plan)
+
+
+# What layout replicate copies with. None: nothing is copied, the generation writes every backend itself.
+COPIERS: dict[str, type[Copier] | None] = {"fused": FusedCopier, "direct": None, "torch": TorchCopier}
+NEEDS_KERNELS = ("fused", "direct")  # asked for by name: an error at the start where they cannot be loaded

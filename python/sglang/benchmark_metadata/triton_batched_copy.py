@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from .replicate import Region
+    from sglang.srt.layers.attention.nsa.replicate import Region
 
 _BLOCK = 1024
 _MAX_BLOCKS = 64  # programs for each copy; they stride over what is left

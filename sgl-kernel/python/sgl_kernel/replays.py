@@ -1,0 +1,45 @@
+"""What a replay calls: an operator bound to its plan, so that a step pays for one call and nothing around it.
+
+Each function returns a callable that takes `max_len`, a bound of the row lengths (-1: the full extent), and
+keeps the plans and their tensors alive. `plan.run()` does the same and is what `torch.compile` understands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ._library import entry
+from .fused_metadata import FusedMetadataCopyPlan, NSAMetadataGeneratePlan
+
+Replay = Callable[[int], None]
+
+
+def bind_generate(generate: NSAMetadataGeneratePlan) -> Replay:
+    """A generation; it needs no bound of the lengths."""
+    run, plan = entry(generate.device_type, "nsa_metadata_generate_run"), generate._plan
+
+    def replay(max_len: int, _alive: object = generate) -> None:
+        run(plan)
+
+    return replay
+
+
+def bind_copy(copy: FusedMetadataCopyPlan) -> Replay:
+    """A copy. `max_len` beyond some region's extent is an error."""
+    run, plan = entry(copy.device_type, "fused_metadata_copy_run"), copy._plan
+
+    def replay(max_len: int, _alive: object = copy) -> None:
+        run(plan, -1, max_len)
+
+    return replay
+
+
+def bind_generate_and_copy(generate: NSAMetadataGeneratePlan, copy: FusedMetadataCopyPlan) -> Replay:
+    """A generation and the copy of what it wrote, in one call. `max_len` as for the copy."""
+    run = entry(generate.device_type, "nsa_metadata_replicate_run")
+    generate_plan, copy_plan = generate._plan, copy._plan
+
+    def replay(max_len: int, _alive: object = (generate, copy)) -> None:
+        run(generate_plan, copy_plan, max_len)
+
+    return replay
