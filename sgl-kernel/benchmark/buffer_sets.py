@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import sgl_kernel
 import torch
@@ -36,17 +38,17 @@ def decode_fields(bs: int, cols: int) -> list[Field]:
     ]
 
 
+def random_int32(shape: tuple[int, ...], device: str) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randint(0, 2**31 - 1, shape, generator=generator, dtype=torch.int32, device=device)
+
+
 class CopySets:
     """One source set and N backends' buffers, with the same copy written in every way that is compared."""
 
     def __init__(self, device: str, bs: int, cols: int, num_destinations: int) -> None:
         self.bs, self.cols, self.fields = bs, cols, decode_fields(bs, cols)
-        generator = torch.Generator().manual_seed(0)
-
-        def random_int32(shape: tuple[int, ...]) -> torch.Tensor:
-            return torch.randint(0, 2**31 - 1, shape, generator=generator, dtype=torch.int32).to(device)
-
-        self.sources = [random_int32(field.shape) for field in self.fields]
+        self.sources = [random_int32(field.shape, device) for field in self.fields]
         self.sets = [
             [torch.zeros(field.capacity, dtype=torch.int32, device=device) for field in self.fields]
             for _ in range(num_destinations)
@@ -67,7 +69,7 @@ class CopySets:
         """Each source read once, each destination written once."""
         return (1 + len(self.sets)) * sum(s.numel() * 4 for s in self.live_sources)
 
-    def run_plan(self) -> None:
+    def run(self) -> None:
         self.plan.run()
 
     def run_copies(self) -> None:
@@ -77,12 +79,16 @@ class CopySets:
     def run_foreach(self) -> None:
         torch._foreach_copy_(self.flat_dsts, self.flat_sources)
 
-    def sglang_single(self) -> Run:
+    @cached_property
+    def run_single(self) -> Run:
+        """SGLang's call for one backend."""
         source, dst = self._positional(self.sources, True), self._positional(self.sets[0], True)
         integers = (0, self.bs, self.cols, self.cols, self.bs)
         return lambda: sgl_kernel.fused_metadata_copy_cuda(*source, *dst, *integers)
 
-    def sglang_multi(self) -> Run:
+    @cached_property
+    def run_multi(self) -> Run:
+        """SGLang's call for three backends."""
         sets = [tensor for s in (self.sources, *self.sets[:3]) for tensor in self._positional(s, False)]
         return lambda: sgl_kernel.fused_metadata_copy_multi_cuda(*sets, self.bs, self.cols, self.bs)
 
@@ -106,35 +112,47 @@ class CopySets:
 
 
 class GenerateSets:
-    """Inputs of one DECODE step and N destinations, as `step` layout gives them: offsets 1 .. N."""
+    """Inputs of one DECODE step and N destinations, as draft lengths `step` give them: offsets 1 .. N.
 
-    def __init__(self, device: str, bs: int, cols: int, num_destinations: int) -> None:
-        self.bs, self.cols = bs, cols
+    tables: each destination's own, one shared by all, or none.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        bs: int,
+        cols: int,
+        num_destinations: int,
+        tables: Literal["own", "shared", "none"] = "own",
+    ) -> None:
+        self.bs, self.cols, self.tables = bs, cols, tables
         width = 2 * cols
-        generator = torch.Generator().manual_seed(0)
-        self.req_to_token = torch.randint(
-            0, 2**31 - 1, (2 * bs, width), generator=generator, dtype=torch.int32
-        ).to(device)
+        self.req_to_token = random_int32((2 * bs, width), device)
         self.seq_lens = torch.full((bs,), cols - num_destinations, dtype=torch.int32, device=device)
-        self.req_pool_indices = torch.randperm(2 * bs, generator=generator)[:bs].to(device)
+        self.req_pool_indices = torch.randperm(2 * bs, generator=torch.Generator().manual_seed(0))[:bs].to(
+            device
+        )
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         rows = 2 * bs
-        self.destinations = [
-            sgl_kernel.MetadataDestination(
-                zeros(rows),
-                zeros(rows + 1),
-                zeros(rows, width),
-                zeros(rows),
-                zeros(rows + 1),
-                None,
-                zeros(rows, width // PAGE_SIZE),
-                seqlens_offset=step + 1,
+        self.num_tables = {"own": num_destinations, "shared": 1, "none": 0}[tables]
+        pairs = [(zeros(rows, width), zeros(rows, width // PAGE_SIZE)) for _ in range(self.num_tables)]
+        self.destinations = []
+        for step in range(num_destinations):
+            page_table_1, real_page_table = pairs[step % self.num_tables] if pairs else (None, None)
+            self.destinations.append(
+                sgl_kernel.MetadataDestination(
+                    cache_seqlens=zeros(rows),
+                    cu_seqlens_k=zeros(rows + 1),
+                    page_table_1=page_table_1,
+                    nsa_cache_seqlens=zeros(rows),
+                    nsa_cu_seqlens_k=zeros(rows + 1),
+                    real_page_table=real_page_table,
+                    seqlens_offset=step + 1,
+                )
             )
-            for step in range(num_destinations)
-        ]
         self.plan = sgl_kernel.NSAMetadataGeneratePlan(
             mode=0,
             bs=bs,
@@ -146,14 +164,19 @@ class GenerateSets:
             topk=TOPK,
         )
 
+    def run(self) -> None:
+        self.plan.run()
+
     @property
     def bytes_moved(self) -> int:
-        """The live tokens read once; each destination's tables and vectors written once."""
-        tables = self.bs * (self.cols + self.cols // PAGE_SIZE) * 4
-        return self.bs * self.cols * 4 + len(self.destinations) * (tables + 4 * (self.bs * 4 + 2))
+        """The live tokens read once; every table and all vectors written once."""
+        tokens = self.bs * self.cols * 4
+        pages = self.bs * self.cols // PAGE_SIZE * 4
+        tables = tokens + self.num_tables * (tokens + pages) if self.num_tables else 0
+        return tables + len(self.destinations) * 4 * (self.bs * 4 + 2)
 
     def check(self) -> None:
-        self.plan.run()
+        self.run()
         tokens = self.req_to_token[self.req_pool_indices.long()]
         for dst in self.destinations:
             lens = self.seq_lens + dst.seqlens_offset
@@ -165,8 +188,48 @@ class GenerateSets:
                 (dst.cu_seqlens_k[1 : self.bs + 1], lens.cumsum(0)),
                 (dst.nsa_cache_seqlens[: self.bs], sparse),
                 (dst.nsa_cu_seqlens_k[1 : self.bs + 1], sparse.cumsum(0)),
-                (dst.page_table_1[: self.bs, :live], tokens[:, :live]),
-                (dst.real_page_table[: self.bs, :pages], tokens[:, :live:PAGE_SIZE] // PAGE_SIZE),
             ]
+            if dst.page_table_1 is not None:
+                pairs += [
+                    (dst.page_table_1[: self.bs, :live], tokens[:, :live]),
+                    (dst.real_page_table[: self.bs, :pages], tokens[:, :live:PAGE_SIZE] // PAGE_SIZE),
+                ]
             if not all(torch.equal(found, expected.int()) for found, expected in pairs):
                 sys.exit("nsa_metadata_generate: WRONG RESULT")
+
+
+class ReplicateSets:
+    """A generation into a staging set and one copy out of it into N backends' buffers: two launches."""
+
+    def __init__(self, device: str, bs: int, cols: int, num_destinations: int) -> None:
+        self.generate = GenerateSets(device, bs, cols, 1)
+        staging, fields = self.generate.destinations[0], decode_fields(bs, cols)
+        tensors = [t for t in staging.tensors() if t is not None]  # in the order of the fields
+        self.live_sources = [t[f.live] for t, f in zip(tensors, fields, strict=True)]
+        self.dsts = [
+            [
+                torch.zeros(f.capacity, dtype=torch.int32, device=device)[f.live]
+                for _ in range(num_destinations)
+            ]
+            for f in fields
+        ]
+        self.copy = sgl_kernel.FusedMetadataCopyPlan(
+            [sgl_kernel.CopyRegion(s, tuple(d)) for s, d in zip(self.live_sources, self.dsts, strict=True)]
+        )
+
+    def run(self) -> None:
+        self.generate.run()
+        self.copy.run()
+
+    @property
+    def bytes_moved(self) -> int:
+        """The generation's, then the staging set read once and each destination written once."""
+        live = sum(s.numel() * 4 for s in self.live_sources)
+        return self.generate.bytes_moved + (1 + len(self.dsts[0])) * live
+
+    def check(self) -> None:
+        self.generate.check()
+        self.copy.run()
+        for src, dsts in zip(self.live_sources, self.dsts, strict=True):
+            if not all(torch.equal(src, dst) for dst in dsts):
+                sys.exit("replicate: WRONG RESULT")

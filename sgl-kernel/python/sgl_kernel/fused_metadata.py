@@ -40,7 +40,8 @@ class FusedMetadataCopyPlan:
 
     The plan holds addresses: it keeps the tensors alive, and their storage must not be resized. No source
     may overlap a destination. A run enqueues on the current stream, allocates nothing, and can be captured
-    in a CUDA graph.
+    in a CUDA graph. The graph holds the addresses but does not own the plan: keep the plan as long as the
+    graph.
     """
 
     launches: int
@@ -124,7 +125,8 @@ class NSAMetadataGeneratePlan:
 
     A pool index outside of req_to_token reads its row 0, the row reserved for padding. Lengths and indices
     are read on the device, at every run: the same captured launch serves them all. A run twice gives the
-    same result.
+    same result. A captured graph does not own the plan: keep the plan, which keeps the tensors, as long as
+    the graph.
 
     Args:
         mode: 0, 1 or 2.
