@@ -23,13 +23,16 @@ from starlette.exceptions import HTTPException
 from transformers import AutoTokenizer
 
 import sglang
+from sglang.srt.entrypoints import token_serving
 from sglang.srt.entrypoints.generate_protocol import AbortRequest, GenerateReqInput
 from sglang.srt.entrypoints.generate_serving import serve_generate
+from sglang.srt.entrypoints.health import generate_one_token
 from sglang.srt.entrypoints.openai_protocol import ChatCompletionRequest, CompletionRequest
 from sglang.srt.entrypoints.openai_serving import ChatServing, CompletionServing
 from sglang.srt.entrypoints.page.routes import page_routes
 from sglang.srt.entrypoints.request_body import B, parse_body
 from sglang.srt.entrypoints.scheduler_process import SchedulerProcess
+from sglang.srt.entrypoints.token_protocol import DetokenizeRequest, ScoringRequest, TokenizeRequest
 from sglang.srt.environ import envs
 from sglang.srt.errors import RequestError
 from sglang.srt.logging_config import configure_logging
@@ -109,6 +112,13 @@ async def health(request: Request) -> Response:
     return Response(status_code=200)
 
 
+@open_routes.get("/health_generate")
+async def health_generate(request: Request) -> Response:
+    """200 when a token was generated."""
+    await generate_one_token(request.app.state.manager)
+    return Response(status_code=200)
+
+
 @open_routes.get("/metrics")
 async def metrics(request: Request) -> Response:
     manager: TokenizerManager = request.app.state.manager
@@ -140,19 +150,25 @@ def _model_card(request: Request) -> dict[str, Any]:
     }
 
 
+@guarded_routes.get("/model_info")
 @guarded_routes.get("/get_model_info")
-async def get_model_info(request: Request) -> dict[str, Any]:
-    path = request.app.state.args.model_path
+async def model_info(request: Request) -> dict[str, Any]:
+    args = request.app.state.args
     return {
-        "model_path": path,
-        "tokenizer_path": path,
+        "model_path": args.model_path,
+        "tokenizer_path": args.tokenizer_path,
         "is_generation": True,
+        "preferred_sampling_params": None,
+        "weight_version": args.weight_version,
+        "has_image_understanding": False,
+        "has_audio_understanding": False,
         "example_prompts": request.app.state.example_prompts,
     }
 
 
+@guarded_routes.get("/server_info")
 @guarded_routes.get("/get_server_info")
-async def get_server_info(request: Request) -> dict[str, Any]:
+async def server_info(request: Request) -> dict[str, Any]:
     """Arguments, limits, environment flags, and the scheduler's state."""
     args, manager = request.app.state.args, request.app.state.manager
     return args.to_dict() | {
@@ -199,6 +215,27 @@ async def chat_completions(request: Request) -> Response:
     body = await _parse(ChatCompletionRequest, request)
     state = request.app.state
     return await ChatServing(state.manager, state.args.model_names, body).serve(request)
+
+
+@guarded_routes.post("/tokenize")
+@guarded_routes.post("/v1/tokenize")
+async def tokenize(request: Request) -> dict[str, Any]:
+    body = await _parse(TokenizeRequest, request)
+    return await token_serving.tokenize(request.app.state.manager, body)
+
+
+@guarded_routes.post("/detokenize")
+@guarded_routes.post("/v1/detokenize")
+async def detokenize(request: Request) -> dict[str, Any]:
+    body = await _parse(DetokenizeRequest, request)
+    return await token_serving.detokenize(request.app.state.manager, body)
+
+
+@guarded_routes.post("/v1/score")
+async def score(request: Request) -> Response:
+    body = await _parse(ScoringRequest, request)
+    state = request.app.state
+    return await token_serving.score(state.manager, body, state.args.served_model_name, request)
 
 
 # -- life -----------------------------------------------------------------------------------------------

@@ -134,6 +134,21 @@ MESSAGE: dict[str, Values] = {
     "reasoning_content": (),
 }
 
+TOKENIZE: dict[str, Values] = {
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "reasoning_effort": ("none",),
+    "continue_final_message": (),
+    "chat_template_kwargs": (),
+}
+
+SCORE: dict[str, Values] = {
+    "embed_override_token_id": (),
+    "query_embed_overrides": (),
+    "item_embed_overrides": (),
+    "return_pooled_hidden_states": (),
+}
+
 STREAM_OPTIONS: dict[str, Values] = {"include_obfuscation": ()}
 
 

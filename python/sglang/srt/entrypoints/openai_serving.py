@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
-from jinja2 import TemplateError
 
+from sglang.srt.entrypoints.chat_template import chat_prompt
 from sglang.srt.entrypoints.choice import Choice
 from sglang.srt.entrypoints.openai_protocol import ChatCompletionRequest, CompletionRequest, OpenAIRequest
 from sglang.srt.entrypoints.serving import (
@@ -240,16 +240,7 @@ class ChatServing(OpenAIServing[ChatCompletionRequest]):
         return self.body.max_tokens if limit is None else limit
 
     def prompt_inputs(self) -> Sequence[str | list[int]]:
-        tokenizer = self.manager.tokenizer
-        if tokenizer.chat_template is None:
-            raise RequestError.bad(
-                "the model's tokenizer has no chat template: use /v1/completions", "messages"
-            )
-        messages = [m.as_template_input() for m in self.body.messages]
-        try:
-            return [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)]
-        except TemplateError as error:
-            raise RequestError.bad(f"messages do not fit the chat template: {error}", "messages") from error
+        return [chat_prompt(self.manager.tokenizer, self.body.messages)]
 
     def logprob_options(self) -> LogprobOptions:
         return LogprobOptions(bool(self.body.logprobs), -1, self.body.top_logprobs or 0)

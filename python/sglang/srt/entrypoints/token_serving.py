@@ -1,0 +1,106 @@
+"""POST /tokenize, /detokenize and /v1/score, in SGLang's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from sglang.srt.entrypoints.chat_template import chat_prompt
+from sglang.srt.entrypoints.choice import Choice
+from sglang.srt.entrypoints.serving import answer, check_batch, check_prompt, collect
+from sglang.srt.entrypoints.token_protocol import DetokenizeRequest, ScoringRequest, TokenizeRequest
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, new_rid
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+NO_TOKENS = SamplingParams(max_new_tokens=0)
+
+
+async def tokenize(manager: TokenizerManager, body: TokenizeRequest) -> dict[str, Any]:
+    """The tokens of a text, of each of several, or of a conversation as the model would see it."""
+    if body.messages is not None:
+        text, special = chat_prompt(manager.tokenizer, body.messages), False
+    else:
+        text, special = body.prompt, body.add_special_tokens is not False
+    if isinstance(text, str):
+        tokens: Any = await manager.tokenize(text, special)
+        count: Any = len(tokens)
+    else:
+        tokens = [await manager.tokenize(one, special) for one in text]
+        count = [len(one) for one in tokens]
+    return {"tokens": tokens, "count": count, "max_model_len": manager.context_length}
+
+
+async def detokenize(manager: TokenizerManager, body: DetokenizeRequest) -> dict[str, Any]:
+    """Raises RequestError (400) for a token that the model does not have."""
+    several = body.tokens if any(isinstance(one, list) for one in body.tokens) else [body.tokens]
+    wrong = next((t for tokens in several for t in tokens if not 0 <= t < manager.vocab_size), None)
+    if wrong is not None:
+        message = f"tokens holds token {wrong}, which is not in [0, {manager.vocab_size})"
+        raise RequestError.bad(message, "tokens")
+    options = {"skip_special_tokens": body.skip_special_tokens is not False}
+
+    def decode() -> list[str]:
+        return [manager.tokenizer.decode(tokens, **options) for tokens in several]
+
+    texts = await asyncio.to_thread(decode)
+    return {"text": texts if several is body.tokens else texts[0]}
+
+
+async def score(
+    manager: TokenizerManager, body: ScoringRequest, model_name: str, request: Request
+) -> Response:
+    """The probability of each label after each prompt; with softmax, among the labels alone.
+
+    A label's is the logprob of its token as the last of a prompt: a sequence for each item and label.
+    """
+    prompts, labels = body.prompts(), body.label_token_ids
+    wrong = next((t for t in labels if not 0 <= t < manager.vocab_size), None)
+    if wrong is not None:
+        message = f"label_token_ids holds token {wrong}, which is not in [0, {manager.vocab_size})"
+        raise RequestError.bad(message, "label_token_ids")
+    check_batch(len(prompts), len(labels), "items")
+    choices: list[Choice] = []
+    lengths: list[int] = []
+    for prompt in prompts:
+        ids, params = await check_prompt(manager, prompt, NO_TOKENS, True, {"input_ids": "items"})
+        lengths.append(len(ids))
+        for label in labels:
+            ids, params = await check_prompt(
+                manager, [*ids[: lengths[-1]], label], NO_TOKENS, True, {"input_ids": "items"}
+            )
+            sequence = TokenizedGenerateReqInput(
+                rid=new_rid(),
+                input_ids=ids,
+                sampling_params=params,
+                return_logprob=True,
+                logprob_start_len=lengths[-1],
+            )
+            choices.append(Choice(sequence, sequence.rid))
+
+    def described(logprobs: list[float]) -> dict[str, Any]:
+        rows = [logprobs[i : i + len(labels)] for i in range(0, len(logprobs), len(labels))]
+        usage = {"prompt_tokens": sum(lengths), "total_tokens": sum(lengths), "completion_tokens": 0}
+        scores = [_softmax(row) if body.apply_softmax else [math.exp(p) for p in row] for row in rows]
+        return {"object": "scoring", "model": model_name, "scores": scores, "usage": usage}
+
+    if not choices:
+        return JSONResponse(described([]))
+    generation = await manager.generate([c.request for c in choices], [[c.rid] for c in choices])
+
+    async def whole() -> dict[str, Any]:
+        await collect(generation, choices)
+        return described([choice.input_logprobs[-1].logprob for choice in choices])
+
+    return await answer(request, generation, whole)
+
+
+def _softmax(logprobs: list[float]) -> list[float]:
+    highest = max(logprobs)
+    weights = [math.exp(p - highest) for p in logprobs]
+    return [weight / sum(weights) for weight in weights]
