@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,3 +154,37 @@ def replace_fused_copy(monkeypatch: Any, library: Any | None) -> None:
             continue
         for function in ("fused_metadata_copy_cuda", "fused_metadata_copy_multi_cuda"):
             monkeypatch.setattr(module, function, getattr(library, function) if library else missing)
+
+
+NUM_SMS = 7
+
+
+def replace_deep_gemm(monkeypatch: Any, installed: Installed) -> None:
+    """The branches for CUDA, with DeepGEMM's schedule computed in plain torch."""
+    from sglang_nsa.nsa.schedules import paged_mqa_logits_schedule
+
+    deep_gemm = SimpleNamespace(
+        get_paged_mqa_logits_metadata=lambda lens, block, sms: paged_mqa_logits_schedule(lens, sms),
+        get_num_sms=lambda: NUM_SMS,
+    )
+    module = installed.module
+    monkeypatch.setitem(sys.modules, "deep_gemm", deep_gemm)
+    monkeypatch.setattr(module, "is_cuda", lambda: True)
+    if hasattr(module, "deep_gemm"):
+        monkeypatch.setattr(module, "deep_gemm", deep_gemm)
+    if hasattr(module, "resolve_paged_mqa_logits_metadata_fn"):
+        function = deep_gemm.get_paged_mqa_logits_metadata
+        monkeypatch.setattr(module, "resolve_paged_mqa_logits_metadata_fn", lambda: function)
+        monkeypatch.setattr(module, "resolve_num_sms", deep_gemm.get_num_sms)
+
+
+def replace_flashmla(monkeypatch: Any, installed: Installed) -> None:
+    """FlashMLA's tiles: they depend on the number of rows alone."""
+    kind = getattr(installed.module, f"{installed.family.prefix.upper()}FlashMLAMetadata")
+
+    def compute(backend: Any, cache_seqlens: torch.Tensor, seq_len_q: int) -> Any:
+        rows = cache_seqlens.shape[0]
+        tiles = torch.arange(4 * 8, dtype=torch.int32).view(4, 8) * rows
+        return kind(tiles, torch.arange(rows + 1, dtype=torch.int32) * (rows + 1))
+
+    monkeypatch.setattr(installed.backend_class, "_compute_flashmla_metadata", compute)

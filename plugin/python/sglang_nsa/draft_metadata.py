@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from .conditions import require_supported
 from .counters import Counters
 from .family import Installed, UnsupportedError
@@ -217,15 +219,15 @@ class DraftMetadata:
         self._refresh_by_sglang(bs, "the runner's buffers do not hold the batch")
         return None
 
-    def _check(self, verifier: Verifier, bs: int) -> None:
-        verifier.check(self.backends, bs)
+    def _check(self, verifier: Verifier, bs: int, apart_from: torch.Tensor | None = None) -> None:
+        verifier.check(self.backends, bs, apart_from)
         self.counters.verified += 1
         if self.counters.verified % VERIFIED_REPORT == 0:
             logger.info("sglang-nsa-plugin: %d replays verified without a difference", self.counters.verified)
 
     def _verify_before(self, verifier: Verifier, batch: Any, bs: int) -> None:
         if self._pending is not None:  # that graph has been replayed since
-            self._check(verifier, self._pending)
+            self._check(verifier, self._pending, self._plans[self._pending].seq_lens)
             self._pending = None
         verifier.compute(batch, bs)
         if self.layout == "in_graph" and self._plans.get(bs) is not None:

@@ -33,10 +33,15 @@ def tensor_fields(metadata: Any) -> Iterator[tuple[str, Any]]:
             yield field.name, value
 
 
+def fields_besides(metadata: Any, prefix: str) -> list[str]:
+    """Fields with tensors that the generator does not write: derived ones, and what is not known."""
+    known = {name.format(p=prefix) for name in (*_GENERATED, *_CONSTANT)}
+    return [name for name, _ in tensor_fields(metadata) if name not in known]
+
+
 def unknown_fields(metadata: Any, prefix: str) -> list[str]:
     """Fields with tensors that the plugin does not bring up to date (pooled keys, what comes later)."""
-    known = {name.format(p=prefix) for name in (*_GENERATED, *_CONSTANT, *DERIVED)}
-    return [name for name, _ in tensor_fields(metadata) if name not in known]
+    return [name for name in fields_besides(metadata, prefix) if name not in DERIVED]
 
 
 def core_view(metadata: Any, prefix: str, topk: int, apart_from: torch.Tensor | None = None) -> NSAMetadata:

@@ -9,22 +9,28 @@ import torch
 from .nsa.metadata import as_precomputed
 from .nsa.metadata_check import MetadataDifference, MetadataMismatchError, first_difference
 from .own_path import Shadow
-from .sglang_metadata import core_view, tensor_fields
+from .sglang_metadata import core_view, fields_besides
 
 # Up to so many rows the planner of top-k leaves its buffer unwritten, and nobody reads it.
 _TOPK_PLAN_ROWS = 30
 
 
-def difference(expected: Any, found: Any, prefix: str, topk: int, backend: int) -> MetadataDifference | None:
-    """The first element in which `found` differs from `expected`, both SGLang metadata of one batch size."""
-    reference = as_precomputed(core_view(expected, prefix, topk))
-    first = first_difference(reference, core_view(found, prefix, topk), backend)
+def difference(
+    expected: Any, found: Any, prefix: str, topk: int, backend: int, apart_from: torch.Tensor | None = None
+) -> MetadataDifference | None:
+    """The first element in which `found` differs from `expected`, both SGLang metadata of one batch size.
+
+    What lies in `apart_from` itself, the runner's buffer of lengths, is left out.
+    """
+    view = core_view(found, prefix, topk, apart_from)
+    first = first_difference(as_precomputed(core_view(expected, prefix, topk)), view, backend)
     if first is not None:
         return first
-    generated = {"page_table_1", "real_page_table", "flashmla_metadata"}
-    for name, value in tensor_fields(expected):
-        other = getattr(found, name)
-        if name in generated or not isinstance(value, torch.Tensor):
+    for name in fields_besides(expected, prefix):
+        value, other = getattr(expected, name), getattr(found, name)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if view.cache_seqlens_int32 is None and other.data_ptr() == apart_from.data_ptr():
             continue
         if name == "topk_v2_plan":
             if found.cache_seqlens_int32.shape[0] <= _TOPK_PLAN_ROWS:
@@ -50,8 +56,9 @@ class Verifier:
         """SGLang's own metadata for the batch of this replay."""
         self.shadow.replay(batch, bs)
 
-    def check(self, backends: list[Any], bs: int) -> None:
-        """Raises MetadataMismatchError where a backend differs from what was last computed for `bs`."""
+    def check(self, backends: list[Any], bs: int, apart_from: torch.Tensor | None = None) -> None:
+        """Raises MetadataMismatchError where a backend differs from what was last computed for `bs`.
+        `apart_from`: the runner's buffer of lengths, if it holds another batch's by now."""
         expected = self.shadow.metadata(0, bs)
         seen: set[int] = set()
         for index, backend in enumerate(backends):
@@ -59,7 +66,7 @@ class Verifier:
             if id(found) in seen:
                 continue
             seen.add(id(found))
-            wrong = difference(expected, found, self.prefix, self.topk, index)
+            wrong = difference(expected, found, self.prefix, self.topk, index, apart_from)
             if wrong is not None:
                 raise MetadataMismatchError(wrong)
         self.checked += 1

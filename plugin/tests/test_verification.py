@@ -1,0 +1,68 @@
+"""SGLANG_NSA_VERIFY_METADATA=1: every replay against SGLang's own computation."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import real_classes
+import test_derived
+
+from sglang_nsa.hooks import draft_metadata_of
+from sglang_nsa.nsa.metadata_check import MetadataMismatchError
+
+
+def run(runner, replays, layout, sizes=(1, 4, 8)):
+    draft = draft_metadata_of(runner.wrapper)
+    rng = random.Random(0)
+    for _ in range(replays):
+        bs = rng.choice(sizes)
+        raw = rng.randint(max(1, bs - 2), bs)
+        lengths = [rng.randint(1, test_derived.CONTEXT) for _ in range(raw)]
+        runner.replay(real_classes.batch(runner.installed, lengths, rng.sample(range(1, 80), raw)), bs)
+        if layout == "in_graph":
+            draft._plans[bs].run()
+
+
+@pytest.mark.parametrize("decode", ["flashmla_sparse", "flashmla_kv"])
+@pytest.mark.parametrize("layout", ["shared", "replicate", "in_graph"])
+def test_no_difference(plugin, monkeypatch, layout, decode):
+    runner = test_derived.served_runner(plugin, monkeypatch, layout, 4, decode, SGLANG_NSA_VERIFY_METADATA=1)
+    for bs in (1, 4, 8):
+        runner.capture(bs)
+    run(runner, 20, layout)
+    draft = draft_metadata_of(runner.wrapper)
+    assert draft.counters.verified == (19 if layout == "in_graph" else 20)  # the graph of the last is to come
+    assert draft.counters.generated == 20
+
+
+FIELDS = [
+    "cu_seqlens_k",
+    "page_table_1",
+    "real_page_table",
+    "{p}_cache_seqlens_int32",
+    "{p}_cu_seqlens_k",
+    "paged_mqa_schedule_metadata",
+]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("backend", [0, 2])
+def test_a_difference_is_named(plugin, monkeypatch, field, backend):
+    runner = test_derived.served_runner(plugin, monkeypatch, "replicate", 4, SGLANG_NSA_VERIFY_METADATA=1)
+    runner.capture(4)
+    name = field.format(p=runner.installed.family.prefix)
+    draft = draft_metadata_of(runner.wrapper)
+    plan = draft._plans[4]
+    generate = plan.run
+
+    def corrupt():
+        generate()
+        tensor = getattr(runner.wrapper.attn_backends[backend].decode_cuda_graph_metadata[4], name)
+        tensor.view(-1)[0] += 1
+
+    monkeypatch.setattr(plan, "run", corrupt)
+    with pytest.raises(
+        MetadataMismatchError, match=rf"{field.removeprefix('{p}_')} of backend {backend}, row 0"
+    ):
+        run(runner, 1, "replicate", sizes=(4,))
