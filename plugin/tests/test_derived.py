@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import real_classes
 import torch
-
 from sglang_nsa.hooks import draft_metadata_of
 from sglang_nsa.nsa.schedules import paged_mqa_logits_schedule
 

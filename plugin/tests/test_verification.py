@@ -7,7 +7,6 @@ import random
 import pytest
 import real_classes
 import test_derived
-
 from sglang_nsa.hooks import draft_metadata_of
 from sglang_nsa.nsa.metadata_check import MetadataMismatchError
 

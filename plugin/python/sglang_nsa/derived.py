@@ -48,7 +48,7 @@ def derived_stages(installed: Installed, backend: Any, sets: Sequence[Any]) -> l
 
 
 def deep_gemm_schedule(installed: Installed) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
-    """The function that the installed SGLang calls, [bs, 1] lengths -> [num_sms + 1, 2], int32; and num_sms."""
+    """What the installed SGLang calls: [bs, 1] lengths -> [num_sms + 1, 2], int32; and num_sms."""
     module = installed.module
     if hasattr(module, "resolve_paged_mqa_logits_metadata_fn"):
         function, num_sms = module.resolve_paged_mqa_logits_metadata_fn(), module.resolve_num_sms()
