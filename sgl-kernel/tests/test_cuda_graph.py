@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import sgl_kernel
 import torch
 from arena import DECODE, DRAFT_EXTEND, TARGET_VERIFY, assert_same, fill_random
 from copy_cases import CopyRig, metadata_copy_case
@@ -76,3 +81,27 @@ def test_generate_then_copy_in_one_graph(cuda: str) -> None:
     graph.replay()
     assert_same(generate.arena, generate.buffer, generate.expected(), generate.case)
     assert_same(copies.arena, copies.buffer, copies.expected(-1, -1), copies.case)
+
+
+FIRST_CALL = """
+import sgl_kernel, torch
+src, dst = [], []
+for shape in ((2,), (3,), (2, 40), (2,), None, (3,), None, None, None):
+    src.append(None if shape is None else torch.randint(1, 99, shape, dtype=torch.int32, device="cuda"))
+    dst.append(None if shape is None else torch.zeros_like(src[-1]))
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    sgl_kernel.fused_metadata_copy_cuda(*src, *dst, 0, 2, 40, 0, 2)
+graph.replay()
+assert torch.equal(dst[2], src[2]) and torch.equal(dst[5][1:], src[5][1:])
+"""
+
+
+def test_the_first_call_of_a_process_may_be_captured(cuda: str) -> None:
+    """SGLang's calls have no plan that would load their kernel: a call loads it, in a capture too."""
+    path = os.pathsep.join(
+        filter(None, (str(Path(sgl_kernel.__file__).parent.parent), os.getenv("PYTHONPATH")))
+    )
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_MODULE_LOADING": "LAZY"}
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
