@@ -41,12 +41,15 @@ class Config:
     speculate: bool
     precompute: bool
     layout: str = "replicate"
+    copy: str = "auto"
 
     def flags(self, steps: int) -> list[str]:
         if not self.speculate:
             return []
         flags = ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(steps)]
-        return flags + (["--nsa-metadata-layout", self.layout] if self.precompute else [])
+        if not self.precompute:
+            return flags
+        return [*flags, "--nsa-metadata-layout", self.layout, "--nsa-metadata-copy", self.copy]
 
 
 CONFIGS = (
@@ -55,6 +58,7 @@ CONFIGS = (
     Config("speculation, flag 1, replicate", True, True),
     Config("speculation, flag 1, shared", True, True, "shared"),
     Config("speculation, flag 1, in_graph", True, True, "in_graph"),
+    Config("speculation, flag 1, indirect", True, True, "indirect"),
 )
 
 

@@ -6,15 +6,16 @@
 # Uses the machine's own python3 (torch with CUDA, transformers, matplotlib). What else is needed (requirements:
 # fastapi, uvicorn, pyzmq, msgspec, prometheus-client, pytest, hypothesis, httpx, psutil, aiohttp) may lie as wheels in
 # the folder WHEELS (default .whl); COMMIT names the version where there is no .git. STEPS picks parts:
-# build tests sglang-tests fuzz sanitize kernels metadata soak speculation. sglang-tests reads wheels of SGLang, or its
-# file test_fused_metadata_copy.py, in the folder SGLANG_TESTS (default .sglang).
+# build tests sglang-tests fuzz sanitize sanitize-libraries kernels metadata soak speculation layouts peers.
+# sglang-tests reads wheels of SGLang, or its file test_fused_metadata_copy.py, in the folder SGLANG_TESTS (default
+# .sglang); peers runs side.py of the folder PEERS (default .peers), which times SGLang's own methods beside ours.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 OUT_DIR=${1:-docs/results/latest}
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-.whl}
-STEPS=${STEPS:-build tests sglang-tests fuzz sanitize kernels metadata soak speculation}
+STEPS=${STEPS:-build tests sglang-tests fuzz sanitize sanitize-libraries kernels metadata soak speculation layouts peers}
 FUZZ_CASES=${FUZZ_CASES:-100000}
 SOAK_REPLAYS=${SOAK_REPLAYS:-100000}
 mkdir -p "$OUT_DIR"
@@ -77,11 +78,26 @@ if wants sglang-tests; then
 fi
 wants fuzz && run fuzz "$PYTHON" sgl-kernel/tests/fuzz_metadata.py --device cuda --cases "$FUZZ_CASES" --seconds "${FUZZ_SECONDS:-240}" --jobs "${JOBS:-8}"
 wants sanitize && run sanitize bash sgl-kernel/tests/sanitize.sh
+if wants sanitize-libraries; then
+  # Padding keeps neighbours apart: a read past an allocation is an error whatever lies there.
+  sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)}
+  run sanitize-libraries "$sanitizer" --tool memcheck --padding 1048576 --report-api-errors no --error-exitcode 1 \
+    --target-processes application-only "$PYTHON" -m pytest -m gpu -p no:cacheprovider test/srt/test_attention_gpu_libraries.py
+fi
 wants kernels && run kernels "$PYTHON" sgl-kernel/benchmark/bench_fused_metadata_copy.py --json "$OUT_DIR/kernels.json"
 wants metadata && run metadata "$PYTHON" -m sglang.bench_metadata --device cuda --grid "${GRID:-h200}" --json "$OUT_DIR/metadata.json" --plot "$OUT_DIR"
 wants soak && run soak "$PYTHON" -m sglang.bench_metadata --soak "$SOAK_REPLAYS" --device cuda
 wants speculation && run speculation "$PYTHON" benchmark/speculation.py --device cuda --num-prompts 64 --output-len 128 \
   --concurrency 1 32 --disable-tqdm --json "$OUT_DIR/speculation.json"
+wants layouts && run layouts "$PYTHON" benchmark/layouts.py --device cuda --json "$OUT_DIR/layouts.json"
+if wants peers; then
+  # The project's methods beside SGLang's own, in one process: side.py of a folder that is no part of the project.
+  if [[ -e ${PEERS:-.peers}/side.py ]]; then
+    PROJECT=$PWD run peers "$PYTHON" "${PEERS:-.peers}/side.py"
+  else
+    echo "== peers: left out, there is no ${PEERS:-.peers}/side.py"
+  fi
+fi
 
 if ((${#failed[@]})); then
   echo "FAILED: ${failed[*]}"
