@@ -1,6 +1,7 @@
 # make serve      set up what is missing, then serve models/tiny-nsa on http://127.0.0.1:30000
 # make test       set up what is missing, then run the whole test suite
 # make test-page  the page at GET / in a real browser, where Chromium and its driver are installed
+# make test-wheels  the two wheels, installed with pip alone, serve with the compiled kernels
 # make setup      only set up: .venv with the pinned dependencies, and the kernel library
 
 PYTHON ?= python3
@@ -15,23 +16,28 @@ ARGS   ?=
 KERNEL_SOURCES := $(shell find sgl-kernel -path 'sgl-kernel/build*' -prune -o -type f \
 	\( -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name CMakeLists.txt -o -name '*.py' -o -name pyproject.toml \) -print)
 
-.PHONY: serve test test-page setup lint format cuda clean
+.PHONY: serve test test-page test-wheels setup lint format cuda clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# What the kernels are built with comes first, since the runtime depends on their package.
+$(VENV)/.torch: constraints.txt
 	@echo "== creating $(VENV) and installing the pinned dependencies (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[bench,dev]"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch numpy scikit-build-core
 	touch $@
 
-$(VENV)/.kernels: $(VENV)/.installed $(KERNEL_SOURCES)
+$(VENV)/.kernels: $(VENV)/.torch $(KERNEL_SOURCES)
 	@echo "== building sgl-kernel (for CUDA too where the installed torch has it)"
 	$(BIN)/python -m pip install --progress-bar on --no-deps --no-build-isolation ./sgl-kernel
 	touch $@
 
-setup: $(VENV)/.installed $(VENV)/.kernels
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.kernels
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[bench,dev]"
+	touch $@
+
+setup: $(VENV)/.kernels $(VENV)/.installed
 
 serve: setup
 	SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA=1 exec $(BIN)/python -m sglang.launch_server \
@@ -45,8 +51,12 @@ test: setup $(VENV)/.emulation
 test-page: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs test/page $(ARGS)
 
+# Both wheels, installed with pip alone into an environment that has only their dependencies.
+test-wheels: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest test/wheels $(ARGS)
+
 # The CUDA kernels compiled for the CPU, thread by thread: what their tests run on a machine without a GPU.
-$(VENV)/.emulation: $(VENV)/.installed $(KERNEL_SOURCES)
+$(VENV)/.emulation: $(VENV)/.torch $(KERNEL_SOURCES)
 	cmake -S sgl-kernel -B sgl-kernel/build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSGL_KERNEL_CUDA=OFF
 	cmake --build sgl-kernel/build --parallel
 	touch $@
@@ -64,7 +74,7 @@ format: $(VENV)/.installed
 		| xargs -r $(BIN)/clang-format -i
 
 # Compiles and links the CUDA library; needs nvcc, no GPU and no CUDA build of torch.
-cuda: $(VENV)/.installed
+cuda: $(VENV)/.torch
 	cmake -S sgl-kernel -B sgl-kernel/build-cuda -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSGL_KERNEL_CUDA=ON
 	cmake --build sgl-kernel/build-cuda --parallel
 
