@@ -62,6 +62,7 @@ class ReqOutput(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    queue_time: float = 0.0  # seconds that it waited before it first ran
     spec_verify_ct: int  # verify passes so far; completion_tokens / spec_verify_ct is the accept length
     output_logprobs: list[TokenLogprob] | None = None  # one for each of output_ids
     input_logprobs: list[TokenLogprob] | None = None  # with the first output, when asked for

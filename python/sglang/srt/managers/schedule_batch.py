@@ -40,6 +40,7 @@ class Req:
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     spec_verify_ct: int = 0
     num_sent: int = 0  # output tokens that a ReqOutput has carried
+    queue_time: float = 0.0  # seconds from its arrival until it was first admitted
     arrival: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -77,6 +78,7 @@ class Req:
             completion_tokens=len(self.output_ids),
             cached_tokens=self.cached_tokens,
             spec_verify_ct=self.spec_verify_ct,
+            queue_time=self.queue_time,
             output_logprobs=self.output_logprobs[start:] if self.return_logprob else None,
             input_logprobs=self.input_logprobs[self.logprob_start_len :] if prompt else None,
             output_token_sources=self.output_token_sources[start:] if self.return_token_sources else None,

@@ -83,6 +83,8 @@ class Scheduler:
             GetInternalStateReq: self.send_internal_state,
         }
         self.num_retractions = 0
+        self.num_retracted_input_tokens = 0
+        self.num_retracted_output_tokens = 0
         self.num_prompt_tokens = 0  # of admitted requests
         self.num_cached_tokens = 0
         self.leak: str | None = None
@@ -168,16 +170,29 @@ class Scheduler:
         self.link.send(GetInternalStateReqOutput(message.request_id, self.internal_state()))
 
     def internal_state(self) -> dict[str, Any]:
+        page_size = self.worker.page_size
+        available, evictable = self.memory.allocator.available, self.memory.cache.evictable_pages
+        used = (self.worker.num_pages - available - evictable) * page_size
         return self.worker.internal_state() | {
             "num_running_reqs": len(self.running) + (self.partial is not None),
             "num_waiting_reqs": len(self.waiting),
-            "available_pages": self.memory.allocator.available,
-            "evictable_pages": self.memory.cache.evictable_pages,
+            "available_pages": available,
+            "evictable_pages": evictable,
             "total_pages": self.worker.num_pages,
+            "page_size": page_size,
+            "context_len": self.worker.context_len,
+            "max_total_num_tokens": self.max_total_num_tokens,
+            "num_used_tokens": used,
+            "token_usage": used / self.max_total_num_tokens,
+            "kv_available_tokens": available * page_size,
+            "kv_evictable_tokens": evictable * page_size,
             "cache_hit_rate": self.num_cached_tokens / max(self.num_prompt_tokens, 1),
             "num_retractions": self.num_retractions,
+            "num_retracted_input_tokens": self.num_retracted_input_tokens,
+            "num_retracted_output_tokens": self.num_retracted_output_tokens,
             "leak": self.leak,
             "gen_throughput": self.throughput.tokens_per_second,
+            "last_gen_throughput": self.throughput.tokens_per_second,  # SGLang's name
         }
 
     # Scheduling
@@ -226,6 +241,7 @@ class Scheduler:
             return False
         if not req.output_ids:  # not after a retraction
             req.cached_tokens = req.kv_len
+            req.queue_time = time.perf_counter() - req.arrival
             self.num_prompt_tokens += len(req.input_ids)
             self.num_cached_tokens += req.kv_len
         return True
@@ -241,6 +257,8 @@ class Scheduler:
 
     def retract(self, req: Req) -> None:
         self.num_retractions += 1
+        self.num_retracted_input_tokens += len(req.input_ids)
+        self.num_retracted_output_tokens += len(req.output_ids)
         logger.info("retracted request %s at %d tokens: the cache is full", req.rid, req.seqlen)
         self.running.remove(req)
         self.memory.release(req)

@@ -35,7 +35,7 @@ from sglang.srt.managers.io_struct import (
     ToScheduler,
     new_rid,
 )
-from sglang.srt.metrics import ServerMetrics
+from sglang.srt.metrics import ABORTED, ServerMetrics
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs
 
@@ -339,7 +339,7 @@ class TokenizerManager:
         reason = output.finish_reason
         if reason is not None:
             self._forget(output.rid)
-            self._observe_finish(state, reason)
+            self._observe_finish(state, output)
             if "status_code" in reason:  # not the client's wish
                 state.events.put_nowait(RequestError(reason["status_code"], reason["message"]))
                 return
@@ -356,12 +356,17 @@ class TokenizerManager:
             else:
                 self.metrics.time_to_first_token.observe(now - state.created)
         if not state.last_output:
-            self.metrics.cached_tokens.inc(output.cached_tokens)
+            self.metrics.first_output(output.queue_time, output.cached_tokens)
         state.last_output = now
 
-    def _observe_finish(self, state: SequenceState, reason: dict[str, Any]) -> None:
-        self.metrics.count_request(reason["type"])
-        self.metrics.e2e_request_latency.observe(time.perf_counter() - state.created)
+    def _observe_finish(self, state: SequenceState, output: ReqOutput) -> None:
+        outcome = output.finish_reason["type"]
+        self.metrics.count_request(outcome)
+        if outcome not in ABORTED:
+            latency = time.perf_counter() - state.created
+            self.metrics.finished(
+                latency, output.prompt_tokens, output.cached_tokens, output.completion_tokens
+            )
 
     def _send(self, message: ToScheduler) -> None:
         try:

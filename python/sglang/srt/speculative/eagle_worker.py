@@ -55,8 +55,10 @@ class EAGLEWorker(TpModelWorker):
 
     def internal_state(self) -> dict[str, Any]:
         accept_length = self.accepted_tokens / self.verified_requests if self.verified_requests else None
+        drafts = self.num_draft_tokens - 1  # proposed for each verification
         return {
             "avg_spec_accept_length": accept_length,
+            "avg_spec_accept_rate": None if accept_length is None else (accept_length - 1) / drafts,
             "nsa_metadata": metadata_state(
                 self.nsa_config.selection, self.step_functions, len(self.draft_backend.attn_backends)
             ),
