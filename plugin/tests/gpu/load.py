@@ -34,10 +34,13 @@ def generate(port: int, ids: list[int], tokens: int, rid: str | None = None) -> 
     return post(port, "/generate", body | ({"rid": rid} if rid else {}))
 
 
+LENGTHS = (3, 60, 64, 65, 300, 600, 1999, 2500, 5000)
+ALONE = len(LENGTHS)  # answers that are asked for one at a time
+
+
 def greedy(port: int, tokens: int = 96) -> list[dict[str, Any]]:
     """Answers to fixed prompts, sent one at a time and then eight at once, in the order of the prompts."""
-    lengths = [3, 60, 64, 65, 300, 600, 1999, 2500, 5000]
-    answers = [generate(port, prompt(i, n), tokens) for i, n in enumerate(lengths)]
+    answers = [generate(port, prompt(i, n), tokens) for i, n in enumerate(LENGTHS)]
     with ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(generate, port, prompt(100 + i, 40 * i + 7), tokens) for i in range(24)]
         answers += [future.result() for future in futures]

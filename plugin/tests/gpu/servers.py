@@ -90,7 +90,7 @@ class Server:
         lines = [
             line for line in self.log.read_text(errors="replace").splitlines() if re.search(pattern, line)
         ]
-        return [re.sub(r"^\[[^]]*\]\s*", "", line)[:600] for line in lines[-last:]]
+        return [re.sub(r"^\[[^]]*\]\s*", "", line)[:1200] for line in lines[-last:]]
 
 
 def available() -> list[str]:
