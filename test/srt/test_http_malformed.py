@@ -11,6 +11,7 @@ import pytest
 
 COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
 MESSAGES = [{"role": "user", "content": "hi"}]
+JSON = {"content-type": "application/json"}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -100,8 +101,8 @@ CASES = [
     Bad(COMPLETIONS, {"top_k": 2**80}, "top_k"),
     Bad(COMPLETIONS, {"min_p": -1}, "min_p"),
     Bad(COMPLETIONS, {"min_p": NAN}, "min_p"),
-    Bad(COMPLETIONS, {"seed": -1}, "seed"),
-    Bad(COMPLETIONS, {"seed": 2**63}, "seed"),
+    Bad(COMPLETIONS, {"seed": -(2**63) - 1}, "seed"),
+    Bad(COMPLETIONS, {"seed": 2**64}, "seed"),
     Bad(COMPLETIONS, {"n": 0}, "n"),
     Bad(COMPLETIONS, {"n": 1000}, "n"),
     Bad(COMPLETIONS, {"stop": ""}, "stop"),
@@ -163,7 +164,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_malformed_request_is_refused(client: httpx.Client, case: Bad) -> None:
-    response = client.post(case.path, content=case.content)
+    response = client.post(case.path, content=case.content, headers=JSON)
     assert response.status_code == case.status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -174,7 +175,7 @@ def test_malformed_request_is_refused(client: httpx.Client, case: Bad) -> None:
 def test_refused_streams_have_a_status_too(client: httpx.Client) -> None:
     for path in (COMPLETIONS, CHAT, GENERATE):
         body = Bad(path, {"stream": True, "nonsense": 1}, "").content
-        assert client.post(path, content=body).status_code == 400
+        assert client.post(path, content=body, headers=JSON).status_code == 400
 
 
 def test_wrong_method(client: httpx.Client) -> None:
@@ -183,7 +184,7 @@ def test_wrong_method(client: httpx.Client) -> None:
 
 
 def test_body_over_the_limit(client: httpx.Client) -> None:
-    response = client.post(COMPLETIONS, content=b" " * (65 << 20))
+    response = client.post(COMPLETIONS, content=b" " * (33 << 20), headers=JSON)
     assert response.status_code == 413
 
 

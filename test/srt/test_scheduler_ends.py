@@ -80,7 +80,7 @@ BAD_REQUESTS: list[tuple[str, list[int], dict[str, Any], str]] = [
     ("unknown token", [1, 97], {}, "input_ids must be in [0, 97), got 97"),
     ("negative token", [-1], {}, "input_ids must be in [0, 97), got -1"),
     ("fewer tokens than none", [1], {"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
-    ("nan", [1], {"temperature": float("nan")}, "temperature must be finite"),
+    ("nan", [1], {"temperature": float("nan")}, "temperature must be in"),
     ("stop without tokenizer", [1], {"stop": ("x",)}, "stop ['x'] needs a tokenizer"),
     ("top logprobs", [1], {"top_logprobs_num": 21}, "top_logprobs_num must be in [0, 20], got 21"),
     ("logprob start", [1], {"logprob_start_len": 1}, "logprob_start_len must be in [-1, 1), got 1"),

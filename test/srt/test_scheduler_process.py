@@ -16,6 +16,7 @@ import pytest
 import zmq
 from sglang.srt.managers.io_struct import (
     BatchOutput,
+    BatchTokenizedGenerateReqInput,
     FlushCacheReqInput,
     FlushCacheReqOutput,
     FromScheduler,
@@ -77,7 +78,9 @@ def test_serves_until_it_cannot(start: Any, dummy_model: Path) -> None:
     assert peer.receive() == SchedulerReady(1024, 1023, 2048)
     params = SamplingParams(temperature=0, max_new_tokens=5, ignore_eos=True)
     good = TokenizedGenerateReqInput(rid="good", input_ids=[1, 2, 3], sampling_params=params)
-    unreadable = msgspec.to_builtins(good) | {"rid": "bad", "input_ids": "text"}
+    unreadable = msgspec.to_builtins(
+        BatchTokenizedGenerateReqInput.pack([msgspec.structs.replace(good, rid="bad")])
+    ) | {"input_ids": ["text"]}
 
     peer.send(unreadable)
     answer = peer.receive()
@@ -86,7 +89,7 @@ def test_serves_until_it_cannot(start: Any, dummy_model: Path) -> None:
     assert (output.rid, output.finish_reason["status_code"]) == ("bad", 400)
     assert "input_ids" in output.finish_reason["message"]
 
-    peer.send(good)
+    peer.send(BatchTokenizedGenerateReqInput.pack([good]))
     tokens: list[int] = []
     reason = None
     while reason is None:

@@ -10,14 +10,20 @@ from typing import Any
 from sglang.srt.managers.io_struct import ReqOutput, TokenizedGenerateReqInput
 from sglang.srt.sampling.token_logprob import TokenLogprob
 
-TokenText = Callable[[list[int]], str]
+TokenText = Callable[[int], str]
 Triple = tuple[float | None, int, str | None]  # logprob, token, its text if asked for
+
+
+def identity(value: Any) -> Any:
+    return value
 
 
 @dataclass
 class Choice:
     request: TokenizedGenerateReqInput
     rid: str  # what its client calls it
+    token_text: TokenText | None = None  # puts texts beside the logprobs of `native`
+    pack: Callable[[Any], Any] = identity  # turns each entry of those into what `native` shall hold
     text: str = ""
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -30,6 +36,7 @@ class Choice:
     spec_verify_ct: int = 0
     created: float = field(default_factory=time.perf_counter)
     latency: float = 0.0  # seconds from its creation to its last output
+    _packed: dict[str, tuple[list[Any], list[Any]]] = field(default_factory=dict)
 
     def add(self, output: ReqOutput, text: str, text_offsets: Sequence[int] = ()) -> None:
         self.text += text
@@ -44,8 +51,8 @@ class Choice:
         self.spec_verify_ct = max(self.spec_verify_ct, output.spec_verify_ct)
         self.latency = time.perf_counter() - self.created
 
-    def native(self, token_text: TokenText | None = None) -> dict[str, Any]:
-        """What /generate and `Engine.generate` answer; `token_text` puts texts beside logprobs."""
+    def native(self, prompt_logprobs: bool = True) -> dict[str, Any]:
+        """What /generate and `Engine.generate` answer."""
         meta: dict[str, Any] = {
             "id": self.rid,
             "finish_reason": self.finish_reason,
@@ -61,16 +68,20 @@ class Choice:
             meta["output_token_sources"] = list(self.output_token_sources)
             meta["output_text_offsets"] = list(self.output_text_offsets)
         if self.request.return_logprob:
-            for side, entries in (("input", self.input_logprobs), ("output", self.output_logprobs)):
-                meta[f"{side}_token_logprobs"] = [_triple(e.logprob, e.token_id, token_text) for e in entries]
-                if self.request.top_logprobs_num:
-                    meta[f"{side}_top_logprobs"] = [_top(e, token_text) for e in entries]
+            meta |= self._native_logprobs("output", self.output_logprobs)
+            if prompt_logprobs:
+                meta |= self._native_logprobs("input", self.input_logprobs)
         return {"text": self.text, "output_ids": list(self.output_ids), "meta_info": meta}
 
+    def _native_logprobs(self, side: str, entries: list[TokenLogprob]) -> dict[str, Any]:
+        """What is known is kept: a stream that tells all of it at every event packs each entry once."""
+        tokens, tops = self._packed.setdefault(side, ([], []))
+        for entry in entries[len(tokens) :]:
+            tokens.append(self.pack(self._triple(entry.logprob, entry.token_id)))
+            top = [self._triple(logprob, token_id) for token_id, logprob in entry.top]
+            tops.append(self.pack(top or None))
+        described = {f"{side}_token_logprobs": list(tokens)}
+        return described | ({f"{side}_top_logprobs": list(tops)} if self.request.top_logprobs_num else {})
 
-def _triple(logprob: float | None, token_id: int, text: TokenText | None) -> Triple:
-    return logprob, token_id, text([token_id]) if text else None
-
-
-def _top(entry: TokenLogprob, text: TokenText | None) -> list[Triple] | None:
-    return [_triple(logprob, token_id, text) for token_id, logprob in entry.top] if entry.top else None
+    def _triple(self, logprob: float | None, token_id: int) -> Triple:
+        return logprob, token_id, self.token_text(token_id) if self.token_text else None

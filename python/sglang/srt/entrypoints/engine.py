@@ -147,11 +147,7 @@ class Engine:
 
     def _choices(self, item: Item) -> list[Choice]:
         ids = item.prompt if isinstance(item.prompt, list) else self.tokenizer.encode(item.prompt)
-        limit = item.sampling.max_new_tokens
-        return [
-            item.choice(number, ids, item.sampling.sampling_params(limit, number))
-            for number in range(item.sampling.n or 1)
-        ]
+        return [item.choice(number, ids, item.params) for number in range(item.n)]
 
     @contextmanager
     def _running(self, batch: Batch) -> Iterator[None]:

@@ -23,8 +23,18 @@ class Item:
     body: GenerateReqInput
     prompt: str | list[int]
     sampling: GenerateSamplingParams
+    params: SamplingParams  # one object for all prompts that share it
     rid: str
     logprobs: LogprobOptions
+
+    @property
+    def n(self) -> int:
+        return self.sampling.n or 1
+
+    def num_prompt_logprobs(self, ids: list[int]) -> int:
+        """Of all choices, with those of the most likely tokens."""
+        start = self.logprobs.logprob_start_len
+        return 0 if start < 0 else self.n * max(len(ids) - start, 0) * (1 + self.logprobs.top_logprobs_num)
 
     def choice(self, number: int, ids: list[int], params: SamplingParams) -> Choice:
         """The number-th of its n. Raises RequestError (400)."""
@@ -36,6 +46,7 @@ class Item:
             rid=new_rid(),
             input_ids=ids,
             sampling_params=params,
+            choice=number,
             stream=bool(self.body.stream),
             return_token_sources=bool(self.body.return_token_sources),
             **asdict(self.logprobs),
@@ -49,8 +60,10 @@ def items(body: GenerateReqInput) -> list[Item]:
     count = len(prompts)
     if not prompts:
         raise RequestError.bad(f"{param} must hold at least one prompt", param)
-    params = _per_prompt(body.sampling_params or GenerateSamplingParams(), count, "sampling_params")
-    check_batch(sum(p.n or 1 for p in params), 1, param)
+    bodies = _per_prompt(body.sampling_params or GenerateSamplingParams(), count, "sampling_params")
+    check_batch(sum(one.n or 1 for one in bodies), 1, param)
+    made = {id(one): one.sampling_params(one.max_new_tokens) for one in {id(b): b for b in bodies}.values()}
+    params = [made[id(one)] for one in bodies]
     rids = _per_prompt(new_rid() if body.rid is None else body.rid, count, "rid")
     if not isinstance(body.rid, list) and count > 1:
         rids = [f"{rid}_{i}" for i, rid in enumerate(rids)]
@@ -61,7 +74,7 @@ def items(body: GenerateReqInput) -> list[Item]:
     starts = _per_prompt(start, count, "logprob_start_len")
     tops = _per_prompt(body.top_logprobs_num or 0, count, "top_logprobs_num")
     options = map(_logprob_options, flags, starts, tops)
-    return [Item(body, *values) for values in zip(prompts, params, rids, options)]
+    return [Item(body, *values) for values in zip(prompts, bodies, params, rids, options)]
 
 
 def _per_prompt(value: T | list[T], count: int, name: str) -> list[T]:

@@ -8,7 +8,10 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sglang.srt.entrypoints import no_effect
-from sglang.srt.entrypoints.request_body import Body, Int32, SamplingBody
+from sglang.srt.entrypoints.request_body import LEFT_TO_RIGHT, Body, Int32, SamplingBody, Several, Tokens
+
+MAX_RID_CHARS = 256
+Rid = Annotated[str, Field(max_length=MAX_RID_CHARS)]
 
 
 class GenerateSamplingParams(SamplingBody):
@@ -22,13 +25,13 @@ class GenerateSamplingParams(SamplingBody):
 class GenerateReqInput(Body):
     """POST /generate: SGLang's own form. A member that a batch may have one by one takes a list."""
 
-    text: str | list[str] | None = None
-    input_ids: list[Int32] | list[list[Int32]] | None = None
-    sampling_params: GenerateSamplingParams | list[GenerateSamplingParams] | None = None
-    rid: str | list[str] | None = None
-    return_logprob: bool | list[bool] | None = None
-    logprob_start_len: Int32 | list[Int32] | None = None
-    top_logprobs_num: Int32 | list[Int32] | None = None
+    text: str | Several[str] | None = None
+    input_ids: Annotated[Tokens | Several[Tokens], LEFT_TO_RIGHT] | None = None
+    sampling_params: GenerateSamplingParams | Several[GenerateSamplingParams] | None = None
+    rid: Rid | Several[Rid] | None = None
+    return_logprob: bool | Several[bool] | None = None
+    logprob_start_len: Int32 | Several[Int32] | None = None
+    top_logprobs_num: Int32 | Several[Int32] | None = None
     return_text_in_logprobs: bool | None = None
     return_token_sources: bool | None = None
     stream: bool | None = None
@@ -60,5 +63,5 @@ class GenerateReqInput(Body):
 class AbortRequest(Body):
     """POST /abort_request."""
 
-    rid: str | None = None
-    abort_all: bool = False
+    rid: Rid | None = None
+    abort_all: bool | None = None

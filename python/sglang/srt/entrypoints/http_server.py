@@ -24,13 +24,14 @@ from transformers import AutoTokenizer
 
 import sglang
 from sglang.srt.entrypoints import token_serving
+from sglang.srt.entrypoints.body_reader import BodyReader
 from sglang.srt.entrypoints.generate_protocol import AbortRequest, GenerateReqInput
 from sglang.srt.entrypoints.generate_serving import serve_generate
 from sglang.srt.entrypoints.health import generate_one_token
 from sglang.srt.entrypoints.openai_protocol import ChatCompletionRequest, CompletionRequest
 from sglang.srt.entrypoints.openai_serving import ChatServing, CompletionServing
 from sglang.srt.entrypoints.page.routes import page_routes
-from sglang.srt.entrypoints.request_body import B, parse_body
+from sglang.srt.entrypoints.request_body import B
 from sglang.srt.entrypoints.scheduler_process import SchedulerProcess
 from sglang.srt.entrypoints.token_protocol import DetokenizeRequest, ScoringRequest, TokenizeRequest
 from sglang.srt.environ import envs
@@ -43,7 +44,6 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20
 GRACE = 5  # seconds for open connections when the server ends
 
 
@@ -52,6 +52,7 @@ def build_app(args: ServerArgs, manager: TokenizerManager) -> FastAPI:
     app = FastAPI(title="sglang", openapi_url=None)
     app.state.args, app.state.manager = args, manager
     app.state.example_prompts = example_prompts(args.model_path)
+    app.state.bodies = BodyReader(manager.in_thread)
     app.include_router(open_routes)
     app.include_router(page_routes())
     app.include_router(guarded_routes, dependencies=[Depends(_check_api_key)])
@@ -90,12 +91,7 @@ async def _check_api_key(request: Request) -> None:
 
 
 async def _parse(kind: type[B], request: Request) -> B:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
-    return parse_body(kind, bytes(body))
+    return await request.app.state.bodies.read(kind, request)
 
 
 # -- routes ---------------------------------------------------------------------------------------------

@@ -8,8 +8,12 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sglang.srt.entrypoints import no_effect
-from sglang.srt.entrypoints.request_body import Body, Int32, SamplingBody
+from sglang.srt.entrypoints.request_body import Body, Int32, Prompts, SamplingBody
 from sglang.srt.sampling.token_logprob import MAX_TOP_LOGPROBS
+
+MAX_NAME_CHARS = 1024
+MAX_MESSAGES = 4096
+MAX_PARTS = 256  # of one message
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -21,7 +25,7 @@ class StreamOptions(Body):
 
 
 class OpenAIRequest(SamplingBody):
-    model: str | None = None
+    model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     min_new_tokens: Annotated[Int32 | None, Field(alias="min_tokens")] = None
@@ -47,7 +51,7 @@ class OpenAIRequest(SamplingBody):
 class CompletionRequest(OpenAIRequest):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[Int32] | list[list[Int32]]
+    prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Positive | None = None
@@ -70,7 +74,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)]
     name: str | None = None
     no_effect: ClassVar = no_effect.MESSAGE
 
@@ -84,7 +88,7 @@ class Message(Body):
 class ChatCompletionRequest(OpenAIRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Positive | None = None
     max_tokens: Positive | None = None
     logprobs: bool | None = None

@@ -19,13 +19,11 @@ from sglang.srt.entrypoints.serving import (
     LogprobOptions,
     answer,
     check_batch,
-    check_prompt,
-    collect,
+    until_disconnect,
 )
-from sglang.srt.errors import RequestError
+from sglang.srt.errors import RequestError, shown
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, new_rid
 from sglang.srt.managers.tokenizer_manager import Event, Generation, TokenizerManager
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.sampling.token_logprob import TokenLogprob
 
 R = TypeVar("R", bound=OpenAIRequest)
@@ -48,7 +46,7 @@ class OpenAIServing(ABC, Generic[R]):
         adapter."""
         asked = body.model or model_names[0]
         if asked not in model_names and asked.startswith(tuple(f"{name}:" for name in model_names)):
-            raise RequestError.bad(f"model {asked[:200]!r} asks for an adapter: there are none", "model")
+            raise RequestError.bad(f"model {shown(asked)} asks for an adapter: there are none", "model")
         self.manager, self.body, self.model_name = manager, body, model_names[0]
         self.id = f"{self.id_prefix}-{new_rid()}"  # also the rid of all its choices
         self.created = int(time.time())
@@ -56,49 +54,42 @@ class OpenAIServing(ABC, Generic[R]):
         self.prompts: list[list[int]] = []
 
     async def serve(self, request: Request) -> Response:
-        for ids, params, options in await self.requests():
-            self.choices.append(Choice(self._sequence(ids, params, options), self.id))
-        requests = [c.request for c in self.choices]
+        requests = await until_disconnect(request, self.requests())
+        self.choices = [Choice(r, self.id) for r in requests]
         generation = await self.manager.generate(requests, [[self.id]] * len(requests))
         if self.body.stream:
             return EventStream(generation, self._chunks(generation))
 
-        async def whole() -> dict[str, Any]:
-            await collect(generation, self.choices)
+        def whole() -> dict[str, Any]:
             return self._envelope(
                 self.object, [self.whole_choice(i, c) for i, c in enumerate(self.choices)]
             ) | {"usage": self._usage(self.prompts, self.choices)}
 
-        return await answer(request, generation, whole)
+        return await answer(request, self.manager, generation, self.choices, whole)
 
-    def _sequence(
-        self, ids: list[int], params: SamplingParams, options: LogprobOptions
-    ) -> TokenizedGenerateReqInput:
-        return TokenizedGenerateReqInput(
-            rid=new_rid(),
-            input_ids=ids,
-            sampling_params=params,
-            stream=bool(self.body.stream),
-            **asdict(options),
-        )
-
-    async def requests(self) -> list[tuple[list[int], SamplingParams, LogprobOptions]]:
-        """Tokens, parameters and logprobs of each sequence: n for each prompt, in order."""
+    async def requests(self) -> list[TokenizedGenerateReqInput]:
+        """Each sequence: n for each prompt, in order."""
+        limit, n = self.max_tokens(), self.body.n or 1
+        prompts = await self.manager.in_thread(self.prompt_inputs)  # templates take time
+        check_batch(len(prompts), n, self.names["input_ids"])
+        # Without a limit the room that is left is the limit.
+        fallback = self.default_max_tokens or self.manager.context_length
+        params = self.body.sampling_params(fallback if limit is None else limit)
         sequences = []
-        limit = self.max_tokens()
-        prompts = self.prompt_inputs()
-        check_batch(len(prompts), self.body.n or 1, self.names["input_ids"])
-        for prompt in prompts:
-            ids: str | list[int] = prompt
-            for choice in range(self.body.n or 1):
-                # Without a limit the room that is left is the limit.
-                fallback = self.default_max_tokens or self.manager.context_length
-                params = self.body.sampling_params(fallback if limit is None else limit, choice)
-                ids, checked = await check_prompt(
-                    self.manager, ids, params, limit is not None, self.names, self.add_special_tokens
+        self.prompts = await self.manager.encode(prompts, self.names["input_ids"], self.add_special_tokens)
+        for ids in self.prompts:
+            checked = self.manager.check(len(ids), params, limit is not None, self.names)
+            sequences += [
+                TokenizedGenerateReqInput(
+                    rid=new_rid(),
+                    input_ids=ids,
+                    sampling_params=checked,
+                    choice=choice,
+                    stream=bool(self.body.stream),
+                    **asdict(self.logprob_options()),
                 )
-                sequences.append((ids, checked, self.logprob_options()))
-            self.prompts.append(ids)
+                for choice in range(n)
+            ]
         return sequences
 
     async def _chunks(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
@@ -225,7 +216,7 @@ class CompletionServing(OpenAIServing[CompletionRequest]):
         return result
 
     def _token(self, token_id: int) -> str:
-        return self.manager.tokenizer.decode([token_id])
+        return self.manager.token_text(token_id)
 
 
 class ChatServing(OpenAIServing[ChatCompletionRequest]):
@@ -273,7 +264,7 @@ class ChatServing(OpenAIServing[ChatCompletionRequest]):
         }
 
     def _entry(self, token_id: int, logprob: float | None) -> dict[str, Any]:
-        token = self.manager.tokenizer.decode([token_id])
+        token = self.manager.token_text(token_id)
         return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
 

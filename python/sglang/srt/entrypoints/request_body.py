@@ -5,28 +5,42 @@ A parameter that this server does not implement is an error, unless its value as
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from sglang.srt.entrypoints.no_effect import Values, asks_for_nothing
-from sglang.srt.errors import RequestError
-from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.errors import MAX_SHOWN, RequestError, shown
+from sglang.srt.sampling.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 
+MAX_SEQUENCES = 1024  # of one request: prompts times choices
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 512
+MAX_STOP_TOKEN_IDS = 1024
 
 B = TypeVar("B", bound="Body")
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Stop = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
-Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Stops = Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)]
+# Their values are checked against the vocabulary: pydantic's own checks would take longer than all the rest.
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+T = TypeVar("T")
+Several = Annotated[list[T], Field(fail_fast=True, max_length=MAX_SEQUENCES)]  # one for each prompt
+LEFT_TO_RIGHT = Field(union_mode="left_to_right")  # the other mode tries, and describes, all members
+Prompts = Annotated[str | Several[str] | Tokens | Several[Tokens], LEFT_TO_RIGHT]
 
 
 def _token_names(bias: Any) -> Any:
     """JSON names tokens by strings; callers in Python may use numbers."""
+    if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
+        message = "{param} holds {count} tokens: at most {limit}"
+        values = {"param": "logit_bias", "count": len(bias), "limit": MAX_LOGIT_BIAS}
+        raise PydanticCustomError("unsupported", message, values)
     return {str(token): value for token, value in bias.items()} if isinstance(bias, dict) else bias
 
 
@@ -39,21 +53,29 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True)
     no_effect: ClassVar[dict[str, Values]] = {}
 
+    @classmethod
+    @functools.cache
+    def _names(cls) -> frozenset[str]:
+        return frozenset(cls.model_fields) | {f.alias for f in cls.model_fields.values() if f.alias}
+
     @model_validator(mode="before")
     @classmethod
     def _drop_parameters_without_effect(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        # The first one stops the parsing: pydantic would describe each of a million.
+        known = cls._names() | cls.no_effect.keys()
+        if (unknown := next((name for name in data if name not in known), None)) is not None:
+            message = "unknown parameter {param}: it is not supported by this server"
+            raise PydanticCustomError("unsupported", message, {"param": unknown[:MAX_SHOWN]})
         for name in data.keys() & cls.no_effect.keys():
             if not asks_for_nothing(data[name], cls.no_effect[name]):
                 message = "{param}={value} is not supported by this server"
-                raise PydanticCustomError(
-                    "unsupported", message, {"param": name, "value": _shown(data[name])}
-                )
+                raise PydanticCustomError("unsupported", message, {"param": name, "value": shown(data[name])})
         return {name: value for name, value in data.items() if name not in cls.no_effect}
 
 
-def parse_body(kind: type[B], body: bytes) -> B:
+def parse_body(kind: type[B], body: bytes | bytearray) -> B:
     """Raises RequestError (400) that names the parameter."""
     try:
         return kind.model_validate_json(body)
@@ -75,29 +97,30 @@ def _request_error(error: ValidationError) -> RequestError:
     first = details[0]
     if first["type"] == "json_invalid":
         return RequestError.bad(f"the body is not valid JSON: {first['ctx']['error']}")
-    param = first.get("ctx", {}).get("param") or _path(first["loc"])
-    if first["type"] == "extra_forbidden":
-        return RequestError.bad(f"unknown parameter {param}: it is not supported by this server", param)
+    param = _path(first["loc"])
     if first["type"] == "unsupported":
-        return RequestError.bad(first["msg"], param)
+        name = first["ctx"]["param"]
+        full = f"{param}.{name}" if param else name
+        return RequestError.bad(first["msg"].replace(name, full, 1), full)
     # A union reports each of its members.
     same = dict.fromkeys(d["msg"] for d in details if d["loc"][:1] == first["loc"][:1])
-    value = _shown(first["input"])
+    value = shown(first["input"])
     return RequestError.bad(f"{param or 'body'}: {', or '.join(same)}; got {value}", param or None)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
     """("messages", 0, "content", "str") -> messages.0.content: without the names of a union's members."""
-    types = ("str", "int", "float", "bool")
+    members = {"str", "int", "float", "bool", *(kind.__name__ for kind in _kinds(Body))}
     names = [
-        p for p in loc if isinstance(p, int) or not (p in types or "[" in p or p.startswith("constrained-"))
+        p for p in loc if isinstance(p, int) or not (p in members or "[" in p or p.startswith("constrained-"))
     ]
     return ".".join(map(str, names))
+
+
+def _kinds(kind: type[Body]) -> Iterator[type[Body]]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from _kinds(one)
 
 
 class SamplingBody(Body):
@@ -115,14 +138,14 @@ class SamplingBody(Body):
     repetition_penalty: float | None = None
     logit_bias: LogitBias | None = None
     min_new_tokens: Int32 | None = None
-    stop_token_ids: list[Int32] | None = None
+    stop_token_ids: Annotated[list[Int32], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
 
-    def sampling_params(self, max_new_tokens: int | None, choice: int) -> SamplingParams:
-        """Of the choice-th of n: with a seed, each choice has a seed of its own."""
+    def sampling_params(self, max_new_tokens: int | None) -> SamplingParams:
         names = (
+            "seed",
             "temperature",
             "top_p",
             "top_k",
@@ -138,8 +161,7 @@ class SamplingBody(Body):
         )
         given: dict[str, Any] = {name: getattr(self, name) for name in names}
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        given["stop"] = None if stop is None else tuple(stop)
-        given["stop_token_ids"] = None if self.stop_token_ids is None else tuple(self.stop_token_ids)
-        given["seed"] = None if self.seed is None else self.seed + choice
+        given["stop"] = tuple(dict.fromkeys(stop or ()))
+        given["stop_token_ids"] = tuple(dict.fromkeys(self.stop_token_ids or ()))
         given["max_new_tokens"] = max_new_tokens
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})

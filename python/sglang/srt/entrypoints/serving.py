@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,16 +15,25 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sglang.srt.entrypoints.choice import Choice
+from sglang.srt.entrypoints.request_body import MAX_SEQUENCES
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.tokenizer_manager import Generation, TokenizerManager
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_SEQUENCES = 4096  # of one HTTP request
+
+SMALL_ANSWER = 4096  # tokens
+JSON_DEPTH = 3  # choices, choice, logprobs
+JSON_SLICE = 64  # members of a list
+JSON_BLOCK = 1 << 18  # bytes
 
 to_json: Callable[[Any], bytes] = msgspec.json.Encoder().encode
+
+
+def pack_json(value: Any) -> msgspec.Raw:
+    """A value whose JSON is made once, however often it is sent."""
+    return msgspec.Raw(to_json(value))
 
 
 @dataclass(frozen=True)
@@ -40,34 +50,78 @@ def check_batch(prompts: int, choices: int, param: str) -> None:
         raise RequestError.bad(message, param)
 
 
-async def check_prompt(
-    manager: TokenizerManager,
-    prompt: str | list[int],
-    params: SamplingParams,
-    has_limit: bool,
-    names: dict[str, str],
-    add_special_tokens: bool = True,
-) -> tuple[list[int], SamplingParams]:
-    """A prompt's tokens and the parameters within the limits. Raises RequestError (400)."""
-    ids = prompt if isinstance(prompt, list) else await manager.tokenize(prompt, add_special_tokens)
-    return ids, manager.check(ids, params, has_limit, names)
-
-
 async def collect(generation: Generation, choices: list[Choice]) -> None:
     """Waits for all of it."""
     async for event in generation:
         choices[event.index].add(event.output, event.text, event.text_offsets)
 
 
-async def answer(request: Request, generation: Generation, whole: Callable[[], Awaitable[Any]]) -> Response:
-    """The answer in one piece; a client that leaves before frees its sequences."""
+async def answer(
+    request: Request,
+    manager: TokenizerManager,
+    generation: Generation,
+    choices: list[Choice],
+    whole: Callable[[], Any],
+) -> Response:
+    """The answer in one piece; a client that leaves before frees its sequences.
+
+    `whole` makes the answer of the finished choices. What may be large is made in a thread.
+    """
+
+    async def encoded() -> list[bytes]:
+        await collect(generation, choices)
+        tokens = sum(len(choice.output_ids) for choice in choices)
+        if tokens <= SMALL_ANSWER and not any(choice.request.return_logprob for choice in choices):
+            return [to_json(whole())]
+        return await manager.in_thread(functools.partial(_json_blocks, whole))
+
     try:
-        return Response(to_json(await _until_disconnect(request, whole())), media_type="application/json")
+        blocks = await until_disconnect(request, encoded())
     finally:
         generation.close()
+    if len(blocks) == 1:
+        return Response(blocks[0], media_type="application/json")
+    headers = {"content-length": str(sum(map(len, blocks)))}
+    return StreamingResponse(_each(blocks), media_type="application/json", headers=headers)
 
 
-async def _until_disconnect(request: Request, work: Awaitable[T]) -> T:
+async def _each(blocks: list[bytes]) -> AsyncIterator[bytes]:
+    for block in blocks:
+        yield block
+
+
+def _json_blocks(whole: Callable[[], Any]) -> list[bytes]:
+    """The JSON of a large value. Other threads get their turn between its pieces."""
+    blocks = [bytearray()]
+    for piece in _json_pieces(whole(), JSON_DEPTH):
+        if len(blocks[-1]) > JSON_BLOCK:
+            blocks.append(bytearray())
+        blocks[-1] += piece
+    return [bytes(block) for block in blocks]
+
+
+def _json_pieces(value: Any, depth: int) -> Iterator[bytes]:
+    """The pieces of to_json(value): members of objects down to `depth`, slices of lists."""
+    if depth and isinstance(value, dict) and value:
+        for i, (key, member) in enumerate(value.items()):
+            yield (b"," if i else b"{") + to_json(key) + b":"
+            yield from _json_pieces(member, depth - 1)
+        yield b"}"
+    elif depth and isinstance(value, list) and value and isinstance(value[0], dict):
+        for i, member in enumerate(value):
+            yield b"," if i else b"["
+            yield from _json_pieces(member, depth - 1)
+        yield b"]"
+    elif isinstance(value, list) and len(value) > JSON_SLICE:
+        for start in range(0, len(value), JSON_SLICE):
+            yield (b"," if start else b"[") + to_json(value[start : start + JSON_SLICE])[1:-1]
+        yield b"]"
+    else:
+        yield to_json(value)
+
+
+async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """The result of the work, which is cancelled where the client leaves."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:

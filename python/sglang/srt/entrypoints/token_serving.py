@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from typing import Any
 
@@ -11,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from sglang.srt.entrypoints.chat_template import chat_prompt
 from sglang.srt.entrypoints.choice import Choice
-from sglang.srt.entrypoints.serving import answer, check_batch, check_prompt, collect
+from sglang.srt.entrypoints.serving import answer, check_batch, until_disconnect
 from sglang.srt.entrypoints.token_protocol import DetokenizeRequest, ScoringRequest, TokenizeRequest
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, new_rid
@@ -24,15 +23,12 @@ NO_TOKENS = SamplingParams(max_new_tokens=0)
 async def tokenize(manager: TokenizerManager, body: TokenizeRequest) -> dict[str, Any]:
     """The tokens of a text, of each of several, or of a conversation as the model would see it."""
     if body.messages is not None:
-        text, special = chat_prompt(manager.tokenizer, body.messages), False
+        text, special = await manager.in_thread(lambda: chat_prompt(manager.tokenizer, body.messages)), False
     else:
         text, special = body.prompt, body.add_special_tokens is not False
-    if isinstance(text, str):
-        tokens: Any = await manager.tokenize(text, special)
-        count: Any = len(tokens)
-    else:
-        tokens = [await manager.tokenize(one, special) for one in text]
-        count = [len(one) for one in tokens]
+    lists = await manager.tokenize([text] if isinstance(text, str) else text, special)
+    tokens: Any = lists[0] if isinstance(text, str) else lists
+    count: Any = len(tokens) if isinstance(text, str) else [len(one) for one in tokens]
     return {"tokens": tokens, "count": count, "max_model_len": manager.context_length}
 
 
@@ -48,7 +44,7 @@ async def detokenize(manager: TokenizerManager, body: DetokenizeRequest) -> dict
     def decode() -> list[str]:
         return [manager.tokenizer.decode(tokens, **options) for tokens in several]
 
-    texts = await asyncio.to_thread(decode)
+    texts = await manager.in_thread(decode)
     return {"text": texts if several is body.tokens else texts[0]}
 
 
@@ -65,21 +61,18 @@ async def score(
         message = f"label_token_ids holds token {wrong}, which is not in [0, {manager.vocab_size})"
         raise RequestError.bad(message, "label_token_ids")
     check_batch(len(prompts), len(labels), "items")
+    encoded = await until_disconnect(request, manager.encode(prompts, "items")) if prompts else []
+    lengths = [len(ids) for ids in encoded]
     choices: list[Choice] = []
-    lengths: list[int] = []
-    for prompt in prompts:
-        ids, params = await check_prompt(manager, prompt, NO_TOKENS, True, {"input_ids": "items"})
-        lengths.append(len(ids))
+    for ids in encoded:
+        params = manager.check(len(ids) + 1, NO_TOKENS, True, {"input_ids": "items"})
         for label in labels:
-            ids, params = await check_prompt(
-                manager, [*ids[: lengths[-1]], label], NO_TOKENS, True, {"input_ids": "items"}
-            )
             sequence = TokenizedGenerateReqInput(
                 rid=new_rid(),
-                input_ids=ids,
+                input_ids=[*ids, label],
                 sampling_params=params,
                 return_logprob=True,
-                logprob_start_len=lengths[-1],
+                logprob_start_len=len(ids),
             )
             choices.append(Choice(sequence, sequence.rid))
 
@@ -93,11 +86,10 @@ async def score(
         return JSONResponse(described([]))
     generation = await manager.generate([c.request for c in choices], [[c.rid] for c in choices])
 
-    async def whole() -> dict[str, Any]:
-        await collect(generation, choices)
+    def whole() -> dict[str, Any]:
         return described([choice.input_logprobs[-1].logprob for choice in choices])
 
-    return await answer(request, generation, whole)
+    return await answer(request, manager, generation, choices, whole)
 
 
 def _softmax(logprobs: list[float]) -> list[float]:

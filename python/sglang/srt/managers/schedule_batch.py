@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.radix_cache import TreeNode
 
 
+def wrap_int64(value: int) -> int:
+    """The 64-bit two's complement integer with the same low bits: what a seed's tensor holds."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
 @dataclass(eq=False)
 class Req:
     """One sequence. Its key-value pages follow `pages`: position p lies in pages[p // page_size]."""

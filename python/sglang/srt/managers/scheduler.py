@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchOutput,
+    BatchTokenizedGenerateReqInput,
     FlushCacheReqInput,
     FlushCacheReqOutput,
     GetInternalStateReq,
@@ -23,7 +24,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
     ToScheduler,
 )
-from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, Req, StepOutput
+from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, Req, StepOutput, wrap_int64
 from sglang.srt.managers.scheduler_link import ParentDied, SchedulerLink, ZmqLink, aborted
 from sglang.srt.managers.stop_checker import StopChecker
 from sglang.srt.mem_cache.allocator import PageAllocator
@@ -77,6 +78,7 @@ class Scheduler:
         self.running: list[Req] = []  # oldest first
         self.outputs: list[ReqOutput] = []  # of this step
         self.handlers = {
+            BatchTokenizedGenerateReqInput: self.add_requests,
             TokenizedGenerateReqInput: self.add_request,
             AbortReq: self.abort_request,
             FlushCacheReqInput: self.flush_cache,
@@ -116,14 +118,23 @@ class Scheduler:
     def ready(self) -> SchedulerReady:
         return SchedulerReady(self.max_total_num_tokens, self.max_req_input_len, self.worker.context_len)
 
+    def add_requests(self, message: BatchTokenizedGenerateReqInput) -> None:
+        for request in message.unpack():
+            self.add_request(request)
+
     def add_request(self, message: TokenizedGenerateReqInput) -> None:
         try:
             self.validate(message)
         except ValueError as error:
             self.outputs.append(aborted(message.rid, str(error), 400, len(message.input_ids)))
             return
+        except Exception as error:  # concerns this request alone: the others go on
+            logger.exception("request %s cannot be taken", message.rid)
+            self.outputs.append(aborted(message.rid, f"internal error: {error}", 500))
+            return
         seed = message.sampling_params.seed
-        req = Req.from_input(message, self.seeds.getrandbits(63) if seed is None else seed)
+        seed = self.seeds.getrandbits(63) if seed is None else wrap_int64(seed + message.choice)
+        req = Req.from_input(message, seed)
         self.requests[req.rid] = req
         self.waiting.append(req)
 
@@ -212,10 +223,16 @@ class Scheduler:
             elif coming and self.next_page(self.waiting[0]) in coming:
                 shared.append(self.waiting.popleft())
                 continue
-            elif self.admit(self.waiting[0], len(chunks)):
-                req = self.waiting.popleft()
             else:
-                break
+                req = self.waiting[0]
+                try:
+                    admitted = self.admit(req, len(chunks))
+                except Exception as error:
+                    self.fail(req, error)
+                    continue
+                if not admitted:
+                    break
+                self.waiting.popleft()
             if (page := self.next_page(req)) is not None:
                 coming.add(page)
             chunk = next_chunk(req, req.seqlen if whole else budget)
@@ -305,13 +322,18 @@ class Scheduler:
                     )
                 if (reason := self.stops.check(req)) is not None:
                     break
-        except Exception as error:  # concerns this request alone: the others go on
-            logger.exception("request %s failed", req.rid)
-            reason = {"type": "abort", "message": f"internal error: {error}", "status_code": 500}
+        except Exception as error:
+            self.fail(req, error)
+            return
         if reason is not None:
             self.finish(req, reason)
         elif req.stream or req.num_sent == 0:
             self.outputs.append(req.next_output())
+
+    def fail(self, req: Req, error: Exception) -> None:
+        """Ends the one request that the error concerns: the others go on."""
+        logger.error("request %s failed", req.rid, exc_info=error)
+        self.finish(req, {"type": "abort", "message": f"internal error: {error}", "status_code": 500})
 
     def finish(self, req: Req, reason: dict[str, Any]) -> None:
         req.finish_reason = reason

@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from sglang.srt.managers.io_struct import BatchOutput, FromScheduler, ReqOutput, ToScheduler
+from sglang.srt.managers.io_struct import BatchOutput, FromScheduler, PackedSequence, ReqOutput, ToScheduler
 from sglang.srt.server_args import PortArgs
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ class ZmqLink:
         return messages
 
     def send(self, message: FromScheduler) -> None:
-        self._outbox.send(self._encoder.encode(message))
+        for piece in message.pieces() if isinstance(message, BatchOutput) else (message,):
+            self._outbox.send(self._encoder.encode(piece))
 
     def close(self) -> None:
         """Delivers what was sent, for at most a second."""
@@ -83,12 +84,15 @@ class ZmqLink:
             raise ParentDied(f"the parent process {self._parent_pid} died")
 
     def _refuse(self, raw: bytes, error: msgspec.DecodeError) -> None:
-        """Aborts the one request that a message of the wrong shape is about. Raises if it is about none."""
+        """Aborts the sequences that a message of the wrong shape is about. Raises if it is about none."""
         content = msgspec.msgpack.decode(raw)
-        if not isinstance(content, dict) or not isinstance(content.get("rid"), str):
-            raise error
-        logger.error("request %s cannot be read: %s", content["rid"], error)
-        self.send(BatchOutput([aborted(content["rid"], f"the request cannot be read: {error}", 400)]))
+        try:
+            rids = [PackedSequence(*sequence).others["rid"] for sequence in content["sequences"]]
+        except (TypeError, KeyError):
+            raise error from None
+        logger.error("%d sequences cannot be read: %s", len(rids), error)
+        message = f"the request cannot be read: {error}"
+        self.send(BatchOutput([aborted(str(rid), message, 400) for rid in rids]))
 
 
 def aborted(rid: str, message: str, status_code: int, prompt_tokens: int = 0) -> ReqOutput:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from sglang.srt.managers.detokenizer import OutputText
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchOutput,
+    BatchTokenizedGenerateReqInput,
     FlushCacheReqInput,
     FlushCacheReqOutput,
     FromScheduler,
@@ -35,6 +37,7 @@ from sglang.srt.managers.io_struct import (
     ToScheduler,
     new_rid,
 )
+from sglang.srt.managers.prompt_encoder import PromptEncoder
 from sglang.srt.metrics import ABORTED, ServerMetrics
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs
@@ -42,7 +45,7 @@ from sglang.srt.server_args import PortArgs
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LONG_TEXT = 1 << 14  # characters; longer texts are tokenized off the event loop
+THREADS = 2  # for what would hold up the event loop
 CONTROL_TIMEOUT = 60.0  # seconds; the scheduler answers between two steps
 RID_TIMEOUT = 1.0  # seconds; a client that comes back may be faster than the end of its old connection
 
@@ -86,6 +89,8 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Raises RequestError where a sequence cannot be completed."""
         while self._states:
+            if self._events.qsize():
+                await asyncio.sleep(0)  # or a queue that is full would hold up everybody else
             event = await self._events.get()
             if isinstance(event, RequestError):
                 raise event
@@ -96,8 +101,7 @@ class Generation:
             yield Event(state.index, text, state.text.take_offsets(), output)
 
     def close(self, outcome: str = "disconnect") -> None:
-        for rid in self._states:
-            self._manager.drop(rid, outcome)
+        self._manager.drop(list(self._states), outcome)
         self._states.clear()
 
 
@@ -121,7 +125,9 @@ class TokenizerManager:
         self._named: defaultdict[str, set[str]] = defaultdict(set)  # a client's rid -> the server's
         self._answers: dict[str, asyncio.Future[Any]] = {}
         self._ready: asyncio.Future[SchedulerReady] = asyncio.get_running_loop().create_future()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="work")
+        self.token_text = functools.lru_cache(vocab_size)(lambda token_id: tokenizer.decode([token_id]))
+        self._encoder = PromptEncoder(tokenizer, vocab_size, self._threads)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromScheduler).decode
         # Queues are unbounded: a send must neither block the loop nor lose a message.
@@ -136,48 +142,40 @@ class TokenizerManager:
 
     # -- requests ---------------------------------------------------------------------------------------
 
-    async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        def encode() -> list[int]:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    async def encode(
+        self, prompts: Sequence[str | list[int]], param: str, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Each prompt's tokens. Raises RequestError (400) that names `param` where one cannot be served."""
+        return await self._encoder.encode(prompts, self.max_req_input_len, param, add_special_tokens)
 
-        if len(text) < LONG_TEXT:
-            return encode()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, encode)
+    async def tokenize(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """As they are, whether or not they can be served."""
+        return await self._encoder.encode(texts, None, "", add_special_tokens)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def check(
-        self, input_ids: list[int], params: SamplingParams, has_limit: bool, names: dict[str, str]
+        self, length: int, params: SamplingParams, has_limit: bool, names: dict[str, str]
     ) -> SamplingParams:
-        """The parameters to generate with. Raises RequestError (400) that names what is out of range.
+        """The parameters to generate with after a prompt of `length` tokens. Raises RequestError (400) that
+        names what is out of range.
 
         Without a limit of its own (`has_limit` false) a request gets at most the room that is left.
         `names` translates parameters to what the client calls them: its keys are SamplingParams' fields
         and `input_ids`.
         """
-        prompt, limit_name = (
-            names.get("input_ids", "input_ids"),
-            names.get("max_new_tokens", "max_new_tokens"),
-        )
-        if not input_ids:
-            raise RequestError.bad(f"{prompt} must hold at least one token", prompt)
-        wrong = next((t for t in input_ids if not 0 <= t < self.vocab_size), None)
-        if wrong is not None:
-            raise RequestError.bad(
-                f"{prompt} holds token {wrong}, which is not in [0, {self.vocab_size})", prompt
-            )
-        assert self.limits is not None, "the server listens after the scheduler is ready"
-        length, longest = len(input_ids), self.limits.max_req_input_len
-        if length > longest:
-            raise RequestError.bad(
-                f"{prompt} has {length} tokens, more than the longest prompt of {longest}", prompt
-            )
+        longest = self.max_req_input_len
         room = longest + 1 - length  # the last token that is generated needs no place in the cache
         if has_limit and params.max_new_tokens > room:
+            prompt, limit = (names.get(name, name) for name in ("input_ids", "max_new_tokens"))
             raise RequestError.bad(
-                f"{limit_name} is {params.max_new_tokens}, but {prompt} has {length} tokens, which leaves "
+                f"{limit} is {params.max_new_tokens}, but {prompt} has {length} tokens, which leaves "
                 f"room for {room} of {longest + 1}",
-                limit_name,
+                limit,
             )
-        params = msgspec.structs.replace(params, max_new_tokens=min(params.max_new_tokens, room))
+        if params.max_new_tokens > room:
+            params = msgspec.structs.replace(params, max_new_tokens=room)
         try:
             params.validate(self.vocab_size)
         except ValueError as error:
@@ -207,18 +205,13 @@ class TokenizerManager:
             )
             for index, (r, own) in enumerate(zip(requests, names, strict=True))
         ]
-        generation = Generation(self, states)
-        try:
-            for state in states:
-                self._send(state.request)
-                self._running[state.request.rid] = state
-                for name in state.names:
-                    self._named[name].add(state.request.rid)
-                self.metrics.prompt_tokens.inc(len(state.request.input_ids))
-        except RequestError:
-            generation.close("error")
-            raise
-        return generation
+        self._send(BatchTokenizedGenerateReqInput.pack(requests))
+        for state in states:
+            self._running[state.request.rid] = state
+            for name in state.names:
+                self._named[name].add(state.request.rid)
+            self.metrics.prompt_tokens.inc(len(state.request.input_ids))
+        return Generation(self, states)
 
     async def _wait_for_names(self, names: set[str]) -> None:
         deadline = time.monotonic() + RID_TIMEOUT
@@ -231,13 +224,15 @@ class TokenizerManager:
             except asyncio.TimeoutError:
                 raise RequestError.bad(f"rid {name!r} is in use by a request that runs", "rid") from None
 
-    def drop(self, rid: str, outcome: str) -> None:
-        """Nobody waits for this sequence any more; what the scheduler still sends of it is dropped."""
-        if rid in self._running:
+    def drop(self, rids: Sequence[str], outcome: str) -> None:
+        """Nobody waits for these sequences any more; what the scheduler still sends of them is dropped."""
+        left = [rid for rid in rids if rid in self._running]
+        for rid in left:
             self._forget(rid)
             self.metrics.count_request(outcome)
+        if left:
             with contextlib.suppress(RequestError):  # a scheduler that is gone has nothing to abort
-                self._send(AbortReq([rid]))
+                self._send(AbortReq(left))
 
     async def abort(self, name: str | None) -> int:
         """Ends what has this name, or with None all, as it stands. Returns how many, when they have ended.
@@ -260,6 +255,11 @@ class TokenizerManager:
                 del self._named[name]
         state.ended.set()
         return state
+
+    @property
+    def max_req_input_len(self) -> int:
+        assert self.limits is not None, "the server listens after the scheduler is ready"
+        return self.limits.max_req_input_len
 
     @property
     def context_length(self) -> int:
@@ -321,6 +321,7 @@ class TokenizerManager:
                 case BatchOutput(outputs=outputs):
                     for output in outputs:
                         self._on_output(output)
+                    await asyncio.sleep(0)  # many pieces may be there at once
                 case FlushCacheReqOutput() | GetInternalStateReqOutput():
                     answer = self._answers.get(message.request_id)
                     if answer is not None and not answer.done():
@@ -375,6 +376,6 @@ class TokenizerManager:
             raise RequestError(503, "the scheduler is not connected") from None
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._from_scheduler.close(linger=0)
         self._to_scheduler.close(linger=0)

@@ -39,7 +39,8 @@ class RequestMemory:
     def admit(self, req: Req, num_positions: int, headroom: int) -> bool:
         """Gives a request its row, the cached prefix of its tokens, and pages for `num_positions`.
 
-        False, and nothing has changed, where no row is free or fewer than `headroom` pages would be left.
+        False, and nothing has changed, where no row is free or fewer than `headroom` pages would be left; and
+        nothing has changed where it raises.
         A request that wants its prompt's logprobs computes all of it and takes nothing from the cache.
         """
         if not self.pool.free_slots:
@@ -57,10 +58,14 @@ class RequestMemory:
         req.cache_node = node
         req.pages = node.pages()
         req.kv_len = node.depth * self.page_size
-        self._write_table(req, 0)
-        self._write_state(req)
-        fits = self.reserve(req, num_positions)
-        assert fits, "pages were counted as obtainable but could not be had"
+        try:
+            self._write_table(req, 0)
+            self._write_state(req)
+            fits = self.reserve(req, num_positions)
+            assert fits, "pages were counted as obtainable but could not be had"
+        except Exception:
+            self.release(req)
+            raise
         return True
 
     def reserve(self, req: Req, num_positions: int) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
 MAX_LOGIT_BIAS = 1024  # tokens
+MAX_FLOAT32 = 3.4028234663852886e38  # what a tensor of sampling parameters holds
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,11 +45,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         """Raises ValueError naming the first parameter that is out of range, and its value."""
         checks: tuple[tuple[str, bool, str], ...] = (
             ("max_new_tokens", self.max_new_tokens >= 0, "at least 0"),
-            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "finite and >= 0"),
+            ("temperature", 0 <= self.temperature <= MAX_FLOAT32, f"in [0, {MAX_FLOAT32:.7g}]"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 (off) or at least 1"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "in [0, 2**63)"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "a 64-bit integer"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
             # The lower limit keeps logits finite.
@@ -63,7 +62,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             ("stop", all(self.stop), "without empty strings"),
             (
                 "stop_token_ids",
-                all(0 <= t < vocab_size for t in self.stop_token_ids),
+                0 <= min(self.stop_token_ids, default=0) <= max(self.stop_token_ids, default=0) < vocab_size,
                 f"in [0, {vocab_size})",
             ),
         )
