@@ -33,7 +33,7 @@ class RunningServer:
         return int(self.log.read_text().split("scheduler: pid ")[1].split(")")[0])
 
     def client(self, **options: object) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(**({"base_url": self.url, "timeout": 60} | options))
 
     def internal_state(self) -> dict[str, object]:
         with self.client() as client:

@@ -38,9 +38,8 @@ Prompts = Annotated[str | Several[str] | Tokens | Several[Tokens], LEFT_TO_RIGHT
 def _token_names(bias: Any) -> Any:
     """JSON names tokens by strings; callers in Python may use numbers."""
     if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
-        message = "{param} holds {count} tokens: at most {limit}"
-        values = {"param": "logit_bias", "count": len(bias), "limit": MAX_LOGIT_BIAS}
-        raise PydanticCustomError("unsupported", message, values)
+        values = {"count": len(bias), "limit": MAX_LOGIT_BIAS}
+        raise PydanticCustomError("too_long", "at most {limit} tokens, not {count}", values)
     return {str(token): value for token, value in bias.items()} if isinstance(bias, dict) else bias
 
 
