@@ -55,11 +55,16 @@ class StepFunction(Generic[Outputs]):
         self.backend = backend
         self.metadata = metadata
         self.runner: GraphRunner[Outputs] | None = None
+        # Bound at capture, so that nothing stands between a replay and its metadata:
+        self._refresh: Callable[[int, int], None] | None = None
+        self._check: Callable[[int], None] | None = None  # where replays are checked
 
     def capture(self, inputs: StepInputs, pool: ReqToTokenPool, batch_sizes: Sequence[int]) -> None:
         """Captures the function over views of the static `inputs`."""
         backend, metadata = self.backend, self.metadata
         backend.init_cuda_graph_state(inputs.bs, metadata.mode, metadata.rows_per_req, metadata.offsets)
+        self._refresh = backend.graph_metadata.replay
+        self._check = backend.check_after_replay if backend.config.selection.check_replays else None
         views = {bs: inputs.view(bs) for bs in batch_sizes}
 
         def prepare(bs: int) -> None:
@@ -74,9 +79,10 @@ class StepFunction(Generic[Outputs]):
 
     def replay(self, bs: int, max_len: int) -> Outputs:
         """Runs the captured batch size over the static inputs. `max_len` bounds the row lengths."""
-        self.backend.init_forward_metadata_replay_cuda_graph(bs, max_len)
+        self._refresh(bs, max_len)
         outputs = self.runner.replay(bs)
-        self.backend.check_after_replay(bs)
+        if self._check is not None:
+            self._check(bs)
         return outputs
 
     def run(self, step: StepInputs, max_len: int) -> Outputs:

@@ -31,7 +31,7 @@ class AttentionBackend(ABC):
 
     Eager passes call `init_forward_metadata` and then `forward` for each layer. The graph runner calls
     `init_cuda_graph_state` once, `init_forward_metadata_capture_cuda_graph` for each captured batch size
-    and `init_forward_metadata_replay_cuda_graph` before each replay.
+    and, before each replay, `replay` of its `graph_metadata`.
     """
 
     @abstractmethod

@@ -76,13 +76,10 @@ class _GraphHooks:
         )
 
     def init_forward_metadata_capture_cuda_graph(self, inputs: MetadataInputs) -> None:
-        """Plans one batch size over the graph's static inputs and brings it up to date once."""
+        """Plans one batch size over the graph's static inputs and brings it up to date once. Before each
+        replay `graph_metadata.replay` does so."""
         self.graph_metadata.capture(inputs)
-        self.init_forward_metadata_replay_cuda_graph(inputs.shape.bs, -1)
-
-    def init_forward_metadata_replay_cuda_graph(self, bs: int, max_len: int) -> None:
-        """Before each replay: the metadata of the (padded) batch size. `max_len` bounds the row lengths."""
-        self.graph_metadata.replay(bs, max_len)
+        self.graph_metadata.replay(inputs.shape.bs, -1)
 
     def init_forward_metadata_in_graph(self, bs: int) -> None:
         """The first thing that the captured function does; a replay of a CUDA graph has it behind it."""
@@ -92,7 +89,7 @@ class _GraphHooks:
 
     def check_after_replay(self, bs: int) -> None:
         """Metadata that the graph itself generates can only be checked once the graph has run."""
-        if self.config.selection.check_replays and self.graph_metadata.path.in_graph:
+        if self.graph_metadata.path.in_graph:
             self.graph_metadata.check(bs)
 
 
