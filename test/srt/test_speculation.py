@@ -109,6 +109,19 @@ def test_verification_compares_the_lengths_of_host_and_device(model: Path, args:
         generate(worker, PROMPTS, 3)
 
 
+@pytest.mark.parametrize("layout", ["replicate", "in_graph", "indirect"])
+def test_decode_without_drafts_has_the_layouts_too(
+    layout: str, model: Path, plain: dict[float, list[list[int]]]
+) -> None:
+    with (
+        envs.SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA.override(True),
+        envs.SGLANG_NSA_VERIFY_METADATA.override(True),
+    ):
+        worker = make_worker(model, nsa_metadata_layout=layout)
+        assert generate(worker, PROMPTS, NEW_TOKENS, 0.9) == plain[0.9]
+    assert worker.internal_state()["nsa_metadata"]["replays"] > 0
+
+
 def rig(worker: Any, drafts_are_right: bool) -> None:
     """A target that says t + 1 after t, and a NextN layer that is always right, or never.
 

@@ -232,6 +232,7 @@ class ServerArgs(SGLangArgs):
     def _metadata_checks(self) -> Iterator[tuple[bool, str]]:
         precompute = envs.SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA
         layout, copy = self.nsa_metadata_layout, self.nsa_metadata_copy
+        in_graph = layout in ("in_graph", "indirect")  # serve a graph without drafts as well
         for name, value, default in (
             ("nsa_metadata_layout", layout, "replicate"),
             ("nsa_metadata_copy", copy, "auto"),
@@ -241,7 +242,7 @@ class ServerArgs(SGLangArgs):
                 f"{flag(name)} {value} needs the environment variable {precompute.name}=1",
             )
             yield (
-                value != default and self.speculative_algorithm is None,
+                value != default and self.speculative_algorithm is None and not in_graph,
                 f"{flag(name)} {value} needs --speculative-algorithm",
             )
         yield (
@@ -249,7 +250,7 @@ class ServerArgs(SGLangArgs):
             f"--nsa-metadata-copy {copy} has nothing to copy with --nsa-metadata-layout {layout}",
         )
         yield (
-            layout in ("in_graph", "indirect") and self.disable_cuda_graph,
+            in_graph and self.disable_cuda_graph,
             f"--nsa-metadata-layout {layout} cannot be used with --disable-cuda-graph",
         )
 
