@@ -22,7 +22,7 @@ FLAGS = (
 @pytest.fixture
 def plugin(monkeypatch) -> Iterator[Callable]:
     """plugin(layout, **flags): loads the plugin as SGLang does, through its entry point and HookRegistry."""
-    import real_classes
+    import harness
     import sglang.srt.plugins as plugins
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang_nsa import entry
@@ -35,7 +35,7 @@ def plugin(monkeypatch) -> Iterator[Callable]:
     original = entry.register
     monkeypatch.setattr(entry, "register", lambda: registered.append(original()))
 
-    real_classes.replace_fused_copy(monkeypatch, None)
+    harness.replace_fused_copy(monkeypatch, None)
 
     def load(layout="shared", **flags):
         for name in FLAGS:

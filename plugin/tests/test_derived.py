@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import harness
 import pytest
-import real_classes
 import torch
 from sglang_nsa.hooks import draft_metadata_of
 from sglang_nsa.nsa.schedules import paged_mqa_logits_schedule
+from sglang_nsa.real_classes import Sizes, make_batch
 
 CONTEXT, BS = 3000, 4
 
 
 def served_runner(plugin, monkeypatch, layout, steps, decode="flashmla_sparse", **flags):
     installed = plugin(layout, **flags).installed
-    real_classes.replace_constructor(monkeypatch, installed, decode=decode)
-    real_classes.replace_deep_gemm(monkeypatch, installed)
-    real_classes.replace_flashmla(monkeypatch, installed)
-    wrapper = installed.wrapper_class(real_classes.model_runner(context_len=CONTEXT), 1, steps)
-    dtype = torch.int32 if installed.family.prefix == "nsa" else torch.int64
-    return real_classes.Runner(installed, wrapper, 8, dtype)
+    harness.replace_constructor(monkeypatch, installed)
+    harness.replace_deep_gemm(monkeypatch, installed)
+    harness.replace_flashmla(monkeypatch, installed)
+    sizes = Sizes(context_len=CONTEXT, topk=64, decode=decode)
+    return harness.Runner(installed, installed.wrapper_class(harness.model_runner(sizes), 1, steps), 8)
 
 
 def schedules(runner, bs):
@@ -28,7 +28,7 @@ def schedules(runner, bs):
 
 
 LENGTHS = [1500, 3, 2900, 700]
-FRESH = paged_mqa_logits_schedule(torch.tensor(LENGTHS, dtype=torch.int32), real_classes.NUM_SMS)
+FRESH = paged_mqa_logits_schedule(torch.tensor(LENGTHS, dtype=torch.int32), harness.NUM_SMS)
 
 
 @pytest.mark.parametrize("steps", [2, 4, 8])
@@ -38,7 +38,7 @@ def test_schedule_is_fresh(plugin, monkeypatch, layout, steps):
     draft = draft_metadata_of(runner.wrapper)
     runner.capture(BS)
     assert draft.reason is None and draft.layout == layout
-    runner.replay(real_classes.batch(runner.installed, LENGTHS, [4, 1, 3, 2]), BS)
+    runner.replay(make_batch(runner.installed, LENGTHS, [4, 1, 3, 2]), BS)
     if layout == "in_graph":
         draft._plans[BS].run()
     for schedule in schedules(runner, BS):
@@ -51,9 +51,9 @@ def test_sglang_leaves_three_backends_stale(plugin, monkeypatch):
 
     for steps, fresh in ((4, [False] * 3), (5, [False] * 3 + [True])):
         runner = served_runner(plugin, monkeypatch, "replicate", steps, SGLANG_NSA_PLUGIN_ALTERNATE=100)
-        real_classes.replace_fused_copy(monkeypatch, library)
+        harness.replace_fused_copy(monkeypatch, library)
         runner.capture(BS)
-        runner.replay(real_classes.batch(runner.installed, LENGTHS, [4, 1, 3, 2]), BS)  # SGLang's turn
+        runner.replay(make_batch(runner.installed, LENGTHS, [4, 1, 3, 2]), BS)  # SGLang's turn
         assert [torch.equal(schedule, FRESH) for schedule in schedules(runner, BS)] == fresh
 
 
@@ -71,8 +71,8 @@ def test_another_deep_gemm_computes_its_own_schedule(plugin, monkeypatch, layout
     if hasattr(module, "resolve_paged_mqa_logits_metadata_fn"):
         monkeypatch.setattr(module, "resolve_paged_mqa_logits_metadata_fn", lambda: reversed_schedule)
     runner.capture(BS)
-    runner.replay(real_classes.batch(runner.installed, LENGTHS, [4, 1, 3, 2]), BS)
-    expected = paged_mqa_logits_schedule(torch.tensor(LENGTHS[::-1], dtype=torch.int32), real_classes.NUM_SMS)
+    runner.replay(make_batch(runner.installed, LENGTHS, [4, 1, 3, 2]), BS)
+    expected = paged_mqa_logits_schedule(torch.tensor(LENGTHS[::-1], dtype=torch.int32), harness.NUM_SMS)
     for schedule in schedules(runner, BS):
         assert torch.equal(schedule, expected)
 
@@ -85,7 +85,7 @@ def test_flashmla_tiles_of_each_size_stay(plugin, monkeypatch, layout):
         runner.capture(bs)
     for bs in (8, 2, BS):
         lengths = (LENGTHS * 2)[:bs]
-        runner.replay(real_classes.batch(runner.installed, lengths, range(1, bs + 1)), bs)
+        runner.replay(make_batch(runner.installed, lengths, range(1, bs + 1)), bs)
         for backend in runner.wrapper.attn_backends:
             tiles = backend.forward_metadata.flashmla_metadata
             expected = backend._compute_flashmla_metadata(torch.ones(bs), 1)

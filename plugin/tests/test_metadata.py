@@ -4,76 +4,98 @@ from __future__ import annotations
 
 import random
 
+import harness
 import pytest
-import real_classes
 import torch
+from sglang_nsa.hooks import draft_metadata_of
+from sglang_nsa.real_classes import Sizes, StaticBuffers, build_wrapper, make_batch
 from sglang_nsa.verification import difference
 
 TOPK = 64
+CAPTURED = (1, 2, 4, 8, 64)
 
 
-def seq_lens_dtype(installed):
-    return torch.int32 if installed.family.prefix == "nsa" else torch.int64
+def random_batch(installed, rng, bs, sizes):
+    lengths = [rng.choice([1, 63, 64, 65, rng.randint(1, sizes.context_len)]) for _ in range(bs)]
+    return make_batch(installed, lengths, rng.sample(range(1, sizes.pool), bs))
 
 
-def random_batch(installed, rng, bs, context=500, pool=80):
-    lengths = [rng.choice([1, 63, 64, 65, rng.randint(1, context)]) for _ in range(bs)]
-    return real_classes.batch(installed, lengths, rng.sample(range(1, pool), bs))
+def padded(batch, installed, bs):
+    fill = bs - batch.batch_size
+    return make_batch(
+        installed, batch.seq_lens.tolist() + [1] * fill, batch.req_pool_indices.tolist() + [0] * fill
+    )
 
 
-def own_wrapper(installed, runner, steps):
-    """A wrapper that the plugin does not serve."""
-    wrapper = installed.wrapper_class.__new__(installed.wrapper_class)
-    installed.construct(wrapper, runner, 1, steps)
-    return wrapper
+class Reference:
+    """SGLang's own path over N backends that the plugin never sees, padded and unpadded alike."""
+
+    def __init__(self, installed, sizes, req_to_token, steps):
+        self.installed = installed
+        self.wrapper = build_wrapper(installed, sizes, req_to_token, steps)
+        installed.init_state(self.wrapper, max(CAPTURED), max(CAPTURED))
+        for bs in CAPTURED:
+            own = StaticBuffers(installed, bs, harness.CPU)  # up to 0.5.13 planning keeps the lengths
+            installed.capture(self.wrapper, own.view(bs))
+
+    def metadata(self, batch, bs):
+        self.installed.replay(self.wrapper, padded(batch, self.installed, bs), bs)
+        return [backend.decode_cuda_graph_metadata[bs] for backend in self.wrapper.attn_backends]
 
 
 @pytest.mark.parametrize("page_size", [64, 1])
 @pytest.mark.parametrize("steps", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("layout", ["shared", "replicate", "in_graph"])
 def test_equals_sglang(plugin, monkeypatch, layout, steps, page_size):
+    """Random batches, padded and not, in random order of captured sizes; one size captured twice."""
     installed = plugin(layout).installed
-    real_classes.replace_constructor(monkeypatch, installed, topk=TOPK)
-    runner = real_classes.model_runner(page_size=page_size)
-    served = installed.wrapper_class(runner, 1, steps)
-    assert draft(served) is not None
-    own = own_wrapper(installed, runner, steps)
-    sizes = [1, 2, 4, 8, 64]
-    ours_runner = real_classes.Runner(installed, served, max(sizes), seq_lens_dtype(installed))
-    for bs in sizes:
-        ours_runner.capture(bs)
-    assert draft(served).layout == layout, draft(served).reason
-    assert draft(served).reason is None
+    harness.replace_constructor(monkeypatch, installed)
+    sizes = Sizes(page_size=page_size, topk=TOPK)
+    model_runner = harness.model_runner(sizes)
+    served = installed.wrapper_class(model_runner, 1, steps)
+    runner = harness.Runner(installed, served, max(CAPTURED))
+    for bs in (*CAPTURED, 4):
+        runner.capture(bs)
+    draft = draft_metadata_of(served)
+    assert (draft.layout, draft.reason) == (layout, None)
+    reference = Reference(installed, sizes, model_runner.req_to_token, steps)
     rng = random.Random(steps)
-    max_bs = max(sizes)
-    own_seq = torch.ones(max_bs, dtype=seq_lens_dtype(installed))
-    installed.init_state(own, max_bs, max_bs)
-    for bs in sizes:
-        installed.capture(
-            own, real_classes.batch(installed, own_seq[:bs].clone(), torch.zeros(bs, dtype=torch.int64))
-        )
     for _ in range(12):
-        bs = rng.choice(sizes)
-        raw = rng.randint(1 + bs // 2, bs) if bs > 1 else 1
-        batch = random_batch(installed, rng, raw)
-        ours_runner.replay(batch, bs)
+        bs = rng.choice(CAPTURED)
+        batch = random_batch(installed, rng, rng.randint(1 + bs // 2, bs) if bs > 1 else 1, sizes)
+        runner.replay(batch, bs)
         if layout == "in_graph":
-            draft(served)._plans[bs].run()  # what the captured graph does
-        padded = real_classes.batch(
-            installed,
-            torch.cat([batch.seq_lens, torch.ones(bs - raw, dtype=batch.seq_lens.dtype)]),
-            torch.cat([batch.req_pool_indices, torch.zeros(bs - raw, dtype=torch.int64)]),
-        )
-        installed.replay(own, padded, bs)
-        for i in range(steps - 1):
-            expected = own.attn_backends[i].decode_cuda_graph_metadata[bs]
+            draft._plans[bs].run()  # what the captured graph does
+        for i, expected in enumerate(reference.metadata(batch, bs)):
             found = served.attn_backends[i].decode_cuda_graph_metadata[bs]
             assert difference(expected, found, installed.family.prefix, TOPK, i) is None
             assert served.attn_backends[i].forward_metadata is found
-    assert draft(served).counters.generated == 12
+    assert draft.counters.generated == 12
 
 
-def draft(wrapper):
-    from sglang_nsa.hooks import draft_metadata_of
+def test_page_tables_are_held_once(plugin, monkeypatch):
+    installed = plugin("shared").installed
+    harness.replace_constructor(monkeypatch, installed)
+    wrapper = installed.wrapper_class(harness.model_runner(Sizes(topk=TOPK)), 1, 8)
+    harness.Runner(installed, wrapper, 8)
+    tables = {b.decode_cuda_graph_metadata["page_table"].data_ptr() for b in wrapper.attn_backends}
+    assert len(tables) == 1
 
-    return draft_metadata_of(wrapper)
+
+def test_every_wrapper_has_state_of_its_own(plugin, monkeypatch):
+    """Adaptive speculation: one wrapper for each number of steps, one of them without backends."""
+    installed = plugin("shared").installed
+    harness.replace_constructor(monkeypatch, installed)
+    model_runner = harness.model_runner(Sizes(topk=TOPK))
+    wrappers = {steps: installed.wrapper_class(model_runner, 1, steps) for steps in (1, 3, 6)}
+    assert draft_metadata_of(wrappers[1]) is None
+    runners = {steps: harness.Runner(installed, wrappers[steps], 4) for steps in (3, 6)}
+    for runner in runners.values():
+        runner.capture(4)
+    batches = {3: [5, 6, 7, 8], 6: [300, 200, 100, 50]}
+    for steps, lengths in batches.items():
+        runners[steps].replay(make_batch(installed, lengths, [1, 2, 3, 4]), 4)
+    for steps, lengths in batches.items():
+        for backend in wrappers[steps].attn_backends:
+            found = backend.decode_cuda_graph_metadata[4].cache_seqlens_int32
+            assert torch.equal(found, torch.tensor(lengths, dtype=torch.int32))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-import real_classes
 import test_derived
 from sglang_nsa.hooks import draft_metadata_of
 from sglang_nsa.nsa.metadata_check import MetadataMismatchError
+from sglang_nsa.real_classes import make_batch
 
 
 def run(runner, replays, layout, sizes=(1, 4, 8)):
@@ -18,7 +18,7 @@ def run(runner, replays, layout, sizes=(1, 4, 8)):
         bs = rng.choice(sizes)
         raw = rng.randint(max(1, bs - 2), bs)
         lengths = [rng.randint(1, test_derived.CONTEXT) for _ in range(raw)]
-        runner.replay(real_classes.batch(runner.installed, lengths, rng.sample(range(1, 80), raw)), bs)
+        runner.replay(make_batch(runner.installed, lengths, rng.sample(range(1, 80), raw)), bs)
         if layout == "in_graph":
             draft._plans[bs].run()
 
@@ -52,15 +52,14 @@ def test_a_difference_is_named(plugin, monkeypatch, field, backend):
     runner.capture(4)
     name = field.format(p=runner.installed.family.prefix)
     draft = draft_metadata_of(runner.wrapper)
-    plan = draft._plans[4]
-    generate = plan.run
+    generate = draft._launches[4]
 
     def corrupt():
         generate()
         tensor = getattr(runner.wrapper.attn_backends[backend].decode_cuda_graph_metadata[4], name)
         tensor.view(-1)[0] += 1
 
-    monkeypatch.setattr(plan, "run", corrupt)
+    draft._launches[4] = corrupt
     with pytest.raises(
         MetadataMismatchError, match=rf"{field.removeprefix('{p}_')} of backend {backend}, row 0"
     ):

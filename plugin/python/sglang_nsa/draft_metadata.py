@@ -9,6 +9,7 @@ import torch
 
 from .conditions import require_supported
 from .counters import Counters
+from .derived import Stage
 from .family import Installed, UnsupportedError
 from .generation import Generation
 from .measure import Alternation
@@ -36,6 +37,7 @@ class DraftMetadata:
         self.reason: str | None = None  # why SGLang is left alone, or refreshes the metadata itself
         self._first_alone: Any = None  # the wrapper with its first backend alone
         self._plans: dict[int, Generation | None] = {}  # by captured batch size; None: SGLang's own refresh
+        self._launches: dict[int, Stage] = {}  # what a replay launches
         self._unproven: set[int] = set()  # sizes whose static inputs no replay has been compared with yet
         self._captured: Any = None  # the batch whose graph is being captured
         self._pending: int | None = None  # in_graph: the size that the verifier has yet to check
@@ -46,7 +48,8 @@ class DraftMetadata:
 
     def init_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Decides, then allocates: with backends that share, one set of page tables instead of N."""
-        self._plans, self._unproven, self._pending, self._verifier = {}, set(), None, None
+        self._plans, self._launches, self._unproven = {}, {}, set()
+        self._pending, self._verifier = None, None
         try:
             self._decide()
         except UnsupportedError as error:
@@ -144,7 +147,9 @@ class DraftMetadata:
         backends = self.backends if self.layout == "replicate" else self.backends[:1]
         sets = [backend.decode_cuda_graph_metadata[bs] for backend in backends]
         try:
-            self._plans[bs] = Generation(self.installed, backends, sets, batch, self.topk)
+            plan = Generation(self.installed, backends, sets, batch, self.topk)
+            self._launches[bs] = _nothing if self.layout == "in_graph" else plan.as_graph()
+            self._plans[bs] = plan
             self._unproven.add(bs)
         except (ImportError, RuntimeError, UnsupportedError) as error:
             self._refresh_by_sglang(bs, str(error))
@@ -188,8 +193,7 @@ class DraftMetadata:
         if plan is None:
             self._own_refresh(batch, bs)
         else:
-            if self.layout != "in_graph":
-                plan.run()
+            self._launches[bs]()
             self.counters.generated += 1
             for backend in self.backends:
                 backend.forward_metadata = backend.decode_cuda_graph_metadata[bs]
@@ -232,3 +236,7 @@ class DraftMetadata:
         verifier.compute(batch, bs)
         if self.layout == "in_graph" and self._plans.get(bs) is not None:
             self._pending = bs
+
+
+def _nothing() -> None:
+    """in_graph: the graph itself brings its metadata up to date."""

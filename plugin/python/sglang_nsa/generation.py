@@ -41,6 +41,21 @@ class Generation:
         for stage in self._derived:
             stage()
 
+    def as_graph(self) -> Stage:
+        """All of `run` as one launch: replaying a small graph costs the host less than one operator."""
+        if self.seq_lens.device.type != "cuda":
+            return self.run
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # whatever is compiled or allocated at first use
+            self.run()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self.run()
+        self._graph = graph
+        return graph.replay
+
     def reads(self, batch: Any) -> bool:
         """Whether the static inputs hold the batch's values. Reads the device."""
         bs = batch.seq_lens.shape[0]

@@ -14,7 +14,7 @@ from collections import defaultdict
 
 logger = logging.getLogger(__name__)
 
-REPORT_EVERY = 4  # turns
+REPORT_EVERY = 2  # turns
 SETTLE = 5  # replays after a switch that are not counted
 
 

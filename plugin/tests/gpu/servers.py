@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import subprocess
+import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,12 +100,28 @@ def available() -> list[str]:
     return [release for release, folder in FOLDERS.items() if (BUNDLES / folder / ARCHIVES[release]).exists()]
 
 
+_unpacked: set[str] = set()
+_unpacking = threading.Lock()
+
+
 def unpack(releases: set[str]) -> None:
     """Once, before servers start side by side."""
-    for release in sorted(releases):
-        env = os.environ | {"ONLY": "imports", "CHECKS": "0", "OUT": "/tmp/plugin_gpu_unpack", "PROBE": "0"}
-        launch = BUNDLES / FOLDERS[release] / "launch.sh"
-        subprocess.run(["bash", str(launch)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    waiting = []
+    with _unpacking:
+        for release in sorted(releases - _unpacked):
+            env = os.environ | {
+                "ONLY": "imports",
+                "CHECKS": "0",
+                "OUT": "/tmp/plugin_gpu_unpack",
+                "PROBE": "0",
+            }
+            command = ["bash", str(BUNDLES / FOLDERS[release] / "launch.sh")]
+            with open(OUT / f"unpack_{release}.log", "w") as log:
+                waiting.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+            time.sleep(0 if waiting[1:] else 12)  # both begin with what they share
+            _unpacked.add(release)
+        for process in waiting:
+            process.wait()
 
 
 class Servers:
@@ -136,3 +154,51 @@ class Servers:
             for server in self.servers:
                 server.signal(number)
             time.sleep(4 if number == signal.SIGTERM else 0)
+
+
+def run_module(release: str, command: str, limit: float, before: list[Path] | None = None) -> None:
+    """`python -m sglang_nsa ...` in a release's environment, its output indented."""
+    unpack({release})
+    sites = [*(before or []), SITE, *(["/tmp/real_site17"] if release == "0.5.17" else []), "/tmp/real_site"]
+    cache = f"{sites[-2] if release == '0.5.17' else sites[-1]}/_tvm_cache"
+    env = os.environ | {
+        "PYTHONPATH": ":".join(str(Path(site).resolve()) for site in sites),
+        "TVM_FFI_CACHE_DIR": cache, "FLASHINFER_WORKSPACE_BASE": "/tmp/real_fi",
+        "DG_JIT_CACHE_DIR": "/tmp/real_dg",
+        "DG_JIT_CPP_STANDARD": "20", "TRITON_CACHE_DIR": "/tmp/real_triton", "FLASHINFER_USE_CUDA_NORM": "1",
+        "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", **_cuda_paths(),
+    }  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "sglang_nsa", *command.split()],
+            env=env, capture_output=True, text=True, timeout=limit,
+        )  # fmt: skip
+        text = done.stdout + ("" if done.returncode == 0 else done.stderr[-1500:])
+    except subprocess.TimeoutExpired as error:
+        text = f"no end within {limit} s: {(error.stdout or b'')[-800:]!r}"
+    (OUT / "modules.log").open("a").write(f"== {release} {before} {command}\n{text}\n")
+    for line in text.splitlines():
+        print("    " + line, flush=True)
+
+
+def _cuda_paths() -> dict[str, str]:
+    """Where JIT compilers find CUDA: as launch.sh sets it."""
+    found = subprocess.run(
+        [sys.executable, "-c", "import nvidia; print(list(nvidia.__path__)[0])"],
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", "/usr/local/cuda-13.0"]
+    home = next((h for h in homes if h and Path(h, "bin/nvcc").exists()), "/usr/local/cuda")
+    libraries = [
+        os.environ.get("LD_LIBRARY_PATH", ""),
+        f"{found}/cu13/lib",
+        f"{home}/lib64",
+        "/tmp/real_site/_lib",
+    ]
+    return {
+        "CUDA_HOME": home,
+        "PATH": f"{home}/bin:{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": ":".join(path for path in libraries if path),
+        "CPLUS_INCLUDE_PATH": f"{found}/cu13/include",
+    }

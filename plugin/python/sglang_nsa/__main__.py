@@ -1,0 +1,38 @@
+"""`python -m sglang_nsa doctor | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+DECODE = ["flashmla_sparse", "flashmla_kv"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m sglang_nsa", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="what is installed, and what the plugin would do")
+    bench = commands.add_parser("bench", help="SGLang's own path and the plugin's, side by side")
+    bench.add_argument("--steps", type=int, nargs="+", default=[3, 4, 8], help="N is one less")
+    bench.add_argument("--bs", type=int, nargs="+", default=[1, 8, 32], help="requests")
+    bench.add_argument("--context-len", type=int, default=16384)
+    bench.add_argument("--decode", choices=DECODE, nargs="+", default=DECODE[:1], help="decode kernel")
+    bench.add_argument("--json", action="store_true", help="JSON instead of the table")
+    options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        from .doctor import print_report
+
+        return 0 if print_report() else 1
+    import torch
+
+    from .bench import print_json, print_table, run_bench
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for decode in options.decode:
+        rows = run_bench(options.steps, options.bs, options.context_len, decode, device)
+        print_json(rows) if options.json else print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

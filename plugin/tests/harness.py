@@ -1,0 +1,118 @@
+"""What surrounds SGLang's real classes in the tests: the draft graph runner, stand-ins for GPU calls."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang_nsa.family import Installed
+from sglang_nsa.own_path import Batch
+from sglang_nsa.real_classes import Sizes, StaticBuffers, set_attributes, token_table
+
+CPU = torch.device("cpu")
+
+
+def model_runner(sizes: Sizes, **server_args: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        sizes=sizes, req_to_token=token_table(sizes, CPU), server_args=SimpleNamespace(**server_args)
+    )
+
+
+def replace_constructor(monkeypatch: Any, installed: Installed) -> None:
+    """The wrapper is built by its own constructor; a backend's asks for a GPU and a whole model."""
+
+    def construct(backend: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
+        set_attributes(installed, backend, runner.sizes, runner.req_to_token)
+
+    monkeypatch.setattr(installed.backend_class, "__init__", construct)
+
+
+class Runner:
+    """What EAGLEDraftCudaGraphRunner does with its static buffers around the wrapper's three methods."""
+
+    def __init__(self, installed: Installed, wrapper: Any, max_bs: int) -> None:
+        self.installed, self.wrapper = installed, wrapper
+        self.buffers = StaticBuffers(installed, max_bs, CPU)
+        self.captured: dict[int, Batch] = {}
+        wrapper.init_cuda_graph_state(max_bs, max_bs)
+
+    def capture(self, bs: int) -> None:
+        static = self.captured[bs] = self.buffers.view(bs)
+        family = self.installed.family
+        family.capture(getattr(type(self.wrapper), family.capture_method), self.wrapper, static)
+        for _ in range(2):  # warm-up and capture
+            self.run_graph(bs)
+
+    def run_graph(self, bs: int) -> None:
+        """The beginning of the captured draft function, as each family has it."""
+        if hasattr(self.wrapper, "init_forward_metadata_in_graph"):
+            self.wrapper.init_forward_metadata_in_graph(self.captured[bs])
+
+    def replay(self, batch: Batch, bs: int) -> None:
+        """Replays at the captured size bs >= the batch's."""
+        family = self.installed.family
+        replay = getattr(type(self.wrapper), family.replay_method)
+        family.replay(replay, self.wrapper, self.buffers.set(batch, bs), bs)
+
+
+FUSED_COPY_MODULES = (
+    "sglang.jit_kernel.fused_metadata_copy",
+    "sglang.kernels.ops.attention.fused_metadata_copy",
+    "sglang.kernels.ops.attention.dsa.fused_metadata_copy",
+)
+
+
+def replace_fused_copy(monkeypatch: Any, library: Any | None) -> None:
+    """SGLang compiles its fused copy for a GPU at first use. Without one it copies tensor by tensor instead
+    (library None); or a library's calls for CPU tensors stand in for it."""
+
+    def missing(*args: Any) -> None:
+        raise ImportError("no GPU")
+
+    for name in FUSED_COPY_MODULES:
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            continue
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+        for function in ("fused_metadata_copy_cuda", "fused_metadata_copy_multi_cuda"):
+            monkeypatch.setattr(module, function, getattr(library, function) if library else missing)
+
+
+NUM_SMS = 7
+
+
+def replace_deep_gemm(monkeypatch: Any, installed: Installed) -> None:
+    """The branches for CUDA, with DeepGEMM's schedule computed in plain torch."""
+    from sglang_nsa.nsa.schedules import paged_mqa_logits_schedule
+
+    deep_gemm = SimpleNamespace(
+        get_paged_mqa_logits_metadata=lambda lens, block, sms: paged_mqa_logits_schedule(lens, sms),
+        get_num_sms=lambda: NUM_SMS,
+    )
+    module = installed.module
+    monkeypatch.setitem(sys.modules, "deep_gemm", deep_gemm)
+    monkeypatch.setattr(module, "is_cuda", lambda: True)
+    if hasattr(module, "deep_gemm"):
+        monkeypatch.setattr(module, "deep_gemm", deep_gemm)
+    if hasattr(module, "resolve_paged_mqa_logits_metadata_fn"):
+        function = deep_gemm.get_paged_mqa_logits_metadata
+        monkeypatch.setattr(module, "resolve_paged_mqa_logits_metadata_fn", lambda: function)
+        monkeypatch.setattr(module, "resolve_num_sms", deep_gemm.get_num_sms)
+
+
+def replace_flashmla(monkeypatch: Any, installed: Installed) -> None:
+    """FlashMLA's tiles: they depend on the number of rows alone."""
+    kind = getattr(installed.module, f"{installed.family.prefix.upper()}FlashMLAMetadata")
+
+    def compute(backend: Any, cache_seqlens: torch.Tensor, seq_len_q: int) -> Any:
+        rows = cache_seqlens.shape[0]
+        tiles = torch.arange(4 * 8, dtype=torch.int32).view(4, 8) * rows
+        return kind(tiles, torch.arange(rows + 1, dtype=torch.int32) * (rows + 1))
+
+    monkeypatch.setattr(installed.backend_class, "_compute_flashmla_metadata", compute)
