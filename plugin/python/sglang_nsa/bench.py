@@ -180,9 +180,7 @@ def _graph_time(call: Callable[[], None], copies: int = 50) -> float:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(
-        f"{'N':>2} {'bs':>4}  {'path':<10} {'enqueue us':>10} {'completion us':>13} {'graph us':>9}  ratio  MiB"
-    )
+    print(" N   bs  path       enqueue us completion us  graph us  ratio  state MiB")
     own: dict[tuple[int, int], float] = {}
     for row in rows:
         key = (row["N"], row["bs"])

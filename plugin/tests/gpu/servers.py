@@ -118,8 +118,9 @@ def unpack(releases: set[str]) -> None:
             command = ["bash", str(BUNDLES / FOLDERS[release] / "launch.sh")]
             with open(OUT / f"unpack_{release}.log", "w") as log:
                 waiting.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-            time.sleep(0 if waiting[1:] else 12)  # both begin with what they share
             _unpacked.add(release)
+            while not Path("/tmp/real_site/.unpacked.common").exists() and waiting[-1].poll() is None:
+                time.sleep(0.2)  # what both share is unpacked once
         for process in waiting:
             process.wait()
 
