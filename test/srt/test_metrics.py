@@ -128,6 +128,7 @@ def test_gauges_of_the_cache(idle: httpx.Client) -> None:
     thread.start()
     seen = gauges()
     while not seen["num_used_tokens"]:
+        assert thread.is_alive(), "the request ended before its pages were seen"
         seen = gauges()
     check(seen)
     thread.join()
