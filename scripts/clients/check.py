@@ -229,13 +229,13 @@ def main() -> int:
     parser.add_argument("--server-python", required=True, help="runs the server")
     parser.add_argument("--work", type=Path, required=True, help="where SGLang's wheels are unpacked")
     parser.add_argument("--table", type=Path, help="the file whose table is replaced")
-    parser.add_argument("--only", default="", help="a piece of the clients' names")
+    parser.add_argument("--only", default="", help="a piece of the names of what is run")
     args = parser.parse_args()
     rows, failures = [], 0
     work = args.work.resolve()
     with server(args.server_python, work / "server.log") as url:
         for check in checks(url, work):
-            if args.only not in check.client:
+            if args.only not in f"{check.client} {check.what}":
                 continue
             try:
                 result = check.run()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from server_fixture import RunningServer
 
 COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/generate"
 PROMPT = "def fibonacci(n):"
@@ -107,6 +109,20 @@ def test_usage_in_every_chunk(client: httpx.Client, include_usage: bool) -> None
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream_options": options}
     events = chunks(client, CHAT, **chat)
     assert all(e["usage"]["total_tokens"] >= e["usage"]["prompt_tokens"] > 0 for e in events)
+
+
+def test_rid_is_the_answers_id_and_aborts_it(server: RunningServer) -> None:
+    """Bug: the forms of OpenAI refused SGLang's `rid`, null too."""
+    body = {"prompt": "x", "n": 2, "max_tokens": 1900, "ignore_eos": True, "rid": "mine"}
+    with ThreadPoolExecutor(1) as pool, server.client() as client:
+        answer = pool.submit(post, client, COMPLETIONS, **body)
+        server.wait_state(num_running_reqs=2)
+        with server.client() as other:
+            assert other.post("/abort_request", json={"rid": "mine"}).json()["aborted"] == 2
+        assert answer.result()["id"] == "mine"
+        assert [c["finish_reason"] for c in answer.result()["choices"]] == ["abort", "abort"]
+        named = post(client, COMPLETIONS, **GREEDY, rid=None)["id"]
+    assert named.startswith("cmpl-")
 
 
 def test_names_of_the_model(client: httpx.Client, dummy_model: Path) -> None:

@@ -80,6 +80,14 @@ BODIES_OF_CLIENTS = {
         CompletionRequest,
         dict.fromkeys(CompletionRequest.model_fields) | {"prompt": "x"},
     ),
+    "a null for every member of a chat": (
+        ChatCompletionRequest,
+        dict.fromkeys(ChatCompletionRequest.model_fields) | {"messages": [{"role": "user", "content": "x"}]},
+    ),
+    "what SGLang's requests have beside OpenAI's": (
+        CompletionRequest,
+        {"prompt": "x", "rid": None, "cache_salt": None, "priority": None, "routed_dp_rank": None},
+    ),
     "an answer sent back": (
         ChatCompletionRequest,
         {

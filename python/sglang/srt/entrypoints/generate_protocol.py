@@ -8,10 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sglang.srt.entrypoints import no_effect
-from sglang.srt.entrypoints.request_body import LEFT_TO_RIGHT, Body, Int32, SamplingBody, Several, Tokens
-
-MAX_RID_CHARS = 256
-Rid = Annotated[str, Field(max_length=MAX_RID_CHARS)]
+from sglang.srt.entrypoints.request_body import LEFT_TO_RIGHT, Body, Int32, Rid, SamplingBody, Several, Tokens
 
 
 class GenerateSamplingParams(SamplingBody):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sglang.srt.entrypoints import no_effect
-from sglang.srt.entrypoints.request_body import Body, Int32, Prompts, SamplingBody
+from sglang.srt.entrypoints.request_body import Body, Int32, Prompts, Rid, SamplingBody
 from sglang.srt.sampling.token_logprob import MAX_TOP_LOGPROBS
 
 MAX_NAME_CHARS = 1024
@@ -26,6 +26,7 @@ class StreamOptions(Body):
 
 class OpenAIRequest(SamplingBody):
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
+    rid: Rid | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     min_new_tokens: Annotated[Int32 | None, Field(alias="min_tokens")] = None

@@ -48,7 +48,7 @@ class OpenAIServing(ABC, Generic[R]):
         if asked not in model_names and asked.startswith(tuple(f"{name}:" for name in model_names)):
             raise RequestError.bad(f"model {shown(asked)} asks for an adapter: there are none", "model")
         self.manager, self.body, self.model_name = manager, body, model_names[0]
-        self.id = f"{self.id_prefix}-{new_rid()}"  # also the rid of all its choices
+        self.id = body.rid or f"{self.id_prefix}-{new_rid()}"  # all of its choices have it as their rid
         self.created = int(time.time())
         self.choices: list[Choice] = []
         self.prompts: list[list[int]] = []

@@ -23,7 +23,10 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 512
 MAX_STOP_TOKEN_IDS = 1024
 
+MAX_RID_CHARS = 256
+
 B = TypeVar("B", bound="Body")
+Rid = Annotated[str, Field(max_length=MAX_RID_CHARS)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Stop = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
 Stops = Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)]
