@@ -5,28 +5,38 @@
 // A plan holds the addresses of the tensors that a run writes: the run's schema marks the plan as mutated.
 #include "sgl_kernel_ops.h"
 
+namespace {
+
+// The three operators of a plan. ..._plan writes nothing that it is given.
+void def_planned(torch::stable::detail::StableLibrary& m, const std::string& name, const std::string& planned,
+                 const std::string& run = "") {
+  std::string read = planned;
+  for (size_t at; (at = read.find("(a!)")) != std::string::npos;) read.erase(at, 4);
+  m.def((name + "_plan(" + read + ") -> Tensor").c_str());
+  m.def((name + "_run(Tensor(a!) plan" + (run.empty() ? "" : ", " + run) + ") -> ()").c_str());
+  m.def((name + "_once(" + planned + (run.empty() ? "" : ", " + run) + ") -> ()").c_str());
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
   m.def("abi_version() -> int");
 
-  m.def(
-      "fused_metadata_copy_plan(Tensor[] srcs, Tensor[] dsts, int[] num_dsts, int[] rows_expanded, "
-      "int[] rows_extra, int[] cols_per) -> Tensor");
-  m.def("fused_metadata_copy_run(Tensor(a!) plan, int expanded_rows, int max_len) -> ()");
+  const std::string copy_regions =
+      "Tensor[] srcs, Tensor(a!)[] dsts, int[] num_dsts, int[] rows_expanded, int[] rows_extra, int[] cols_per";
+  def_planned(m, "fused_metadata_copy", copy_regions, "int expanded_rows, int max_len");
   m.def(sgl_kernel::fused_metadata_copy_schema().c_str());
   m.def(sgl_kernel::fused_metadata_copy_multi_schema().c_str());
 
-  m.def(
-      "nsa_metadata_generate_plan(int mode, int bs, Tensor seq_lens, Tensor req_pool_indices, Tensor "
-      "req_to_token, "
-      "Tensor[] dsts, int[] dst_fields, int[] seqlens_offsets, int page_size, int topk, int rows_per_req, "
-      "Tensor? accept_lens, bool packed) -> Tensor");
-  m.def("nsa_metadata_generate_run(Tensor(a!) plan) -> ()");
+  def_planned(
+      m, "nsa_metadata_generate",
+      "int forward_mode, int bs, Tensor seq_lens, Tensor req_pool_indices, Tensor req_to_token, Tensor(a!)[] dsts, "
+      "int[] dst_fields, int[] seqlens_offsets, int page_size, int topk, int rows_per_req, Tensor? accept_lens, "
+      "bool packed");
+  def_planned(m, "paged_mqa_schedule",
+              "Tensor[] context_lens, Tensor(a!)[] schedules, int[] atoms, int segment, bool remainder_last, "
+              "bool segment_major");
 
-  m.def(
-      "paged_mqa_schedule_plan(Tensor[] context_lens, Tensor[] schedules, int[] atoms, int segment, bool "
-      "remainder_last, "
-      "bool segment_major) -> Tensor");
-  m.def("paged_mqa_schedule_run(Tensor(a!) plan) -> ()");
   m.def("nsa_metadata_replicate_run(Tensor(a!) generate_plan, Tensor(b!) copy_plan, int max_len) -> ()");
 }
 
@@ -34,12 +44,15 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("abi_version", sgl_kernel::abi_version);
   m.impl("fused_metadata_copy_plan", sgl_kernel::fused_metadata_copy_plan);
   m.impl("fused_metadata_copy_run", sgl_kernel::fused_metadata_copy_run);
+  m.impl("fused_metadata_copy_once", sgl_kernel::fused_metadata_copy_once);
   m.impl("fused_metadata_copy", sgl_kernel::fused_metadata_copy);
   m.impl("fused_metadata_copy_multi", sgl_kernel::fused_metadata_copy_multi);
   m.impl("nsa_metadata_generate_plan", sgl_kernel::nsa_metadata_generate_plan);
   m.impl("nsa_metadata_generate_run", sgl_kernel::nsa_metadata_generate_run);
+  m.impl("nsa_metadata_generate_once", sgl_kernel::nsa_metadata_generate_once);
   m.impl("paged_mqa_schedule_plan", sgl_kernel::paged_mqa_schedule_plan);
   m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
+  m.impl("paged_mqa_schedule_once", sgl_kernel::paged_mqa_schedule_once);
   m.impl("nsa_metadata_replicate_run", sgl_kernel::nsa_metadata_replicate_run);
 }
 

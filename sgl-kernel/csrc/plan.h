@@ -3,7 +3,9 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -46,23 +48,50 @@ struct PlanView {
   const Launch* end;
 };
 
-// Cheap enough for every run: refuses anything that make_plan did not make for this operator and device.
+// A plan before it is a tensor, with the tensors whose addresses it holds.
+template <typename Launch>
+struct Planned {
+  PlanHeader header;
+  std::vector<Launch> launches;
+  std::vector<torch::stable::Tensor> tensors;
+
+  AtenTensorHandle as_tensor() const { return make_plan(header, launches); }
+  PlanView<Launch> view() const { return {&header, launches.data(), launches.data() + launches.size()}; }
+};
+
+// The bytes of a tensor that may be a plan; null if it cannot be one.
+inline const PlanHeader* plan_header(AtenTensorHandle plan, int64_t size) {
+  int32_t device_type = 0, dtype = 0;
+  int64_t dim = 0;
+  bool contiguous = false;
+  check_shim(aoti_torch_get_device_type(plan, &device_type), "a device type");
+  check_shim(aoti_torch_get_dtype(plan, &dtype), "a dtype");
+  check_shim(aoti_torch_get_dim(plan, &dim), "a rank");
+  check_shim(aoti_torch_is_contiguous(plan, &contiguous), "whether a tensor is contiguous");
+  if (device_type != aoti_torch_device_type_cpu() || dtype != aoti_torch_dtype_uint8() || dim != 1 || !contiguous ||
+      size < static_cast<int64_t>(sizeof(PlanHeader))) {
+    return nullptr;
+  }
+  void* data = nullptr;
+  check_shim(aoti_torch_get_data_ptr(plan, &data), "a data pointer");
+  return reinterpret_cast<uintptr_t>(data) % alignof(PlanHeader) == 0 ? static_cast<PlanHeader*>(data) : nullptr;
+}
+
+// Cheap enough for every run: refuses what make_plan did not make for this operator and device. Launch::counts_fit says
+// whether the counts of a parameter block lie within its arrays.
 template <typename Launch>
 PlanView<Launch> open_plan(const char* op, AtenTensorHandle plan, uint64_t magic) {
-  int32_t device_type = 0;
+  static_assert(alignof(Launch) <= alignof(PlanHeader) && sizeof(PlanHeader) % alignof(Launch) == 0);
   int64_t size = 0;
-  void* data = nullptr;
-  check_shim(aoti_torch_get_device_type(plan, &device_type), "a device type");
   check_shim(aoti_torch_get_numel(plan, &size), "a size");
-  if (device_type == aoti_torch_device_type_cpu() && size >= static_cast<int64_t>(sizeof(PlanHeader))) {
-    check_shim(aoti_torch_get_data_ptr(plan, &data), "a data pointer");
-    const PlanHeader* const header = static_cast<const PlanHeader*>(data);
-    const int64_t payload = size - static_cast<int64_t>(sizeof(PlanHeader));
-    if (header->magic == magic && header->device_type == backend::device_type() &&
-        payload == header->num_launches * static_cast<int64_t>(sizeof(Launch))) {
-      const Launch* const first = reinterpret_cast<const Launch*>(header + 1);
-      return {header, first, first + header->num_launches};
-    }
+  const PlanHeader* const header = plan_header(plan, size);
+  constexpr int64_t kSize = static_cast<int64_t>(sizeof(Launch));
+  const int64_t payload = size - static_cast<int64_t>(sizeof(PlanHeader));
+  if (header != nullptr && header->magic == magic && header->device_type == backend::device_type() &&
+      payload % kSize == 0 && header->num_launches == payload / kSize) {
+    const Launch* const first = reinterpret_cast<const Launch*>(header + 1);
+    const PlanView<Launch> view{header, first, first + header->num_launches};
+    if (std::all_of(view.begin, view.end, [](const Launch& launch) { return launch.counts_fit(); })) return view;
   }
   reject(op, {"plan"}, std::string("a plan made by this operator for ") + backend::device_name(),
          "a tensor of " + std::to_string(size) + " elements that is none");

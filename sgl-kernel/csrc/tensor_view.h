@@ -130,7 +130,9 @@ inline void check_shape(const char* op, const TensorView& view, int64_t rows, in
   reject(op, view.name, "a shape of at least " + wanted, shape_text(view));
 }
 
+// A tensor without elements may have any strides.
 inline void check_stride(const char* op, const TensorView& view, bool written) {
+  if (view.rows == 0 || view.cols == 0) return;
   if (view.cols > 1 && view.col_stride != 1) reject(op, view.name, "an inner stride of 1", view.col_stride);
   if (written && view.dim == 2 && view.rows > 1 && view.row_stride < view.cols) {
     reject(op, view.name, "rows that do not overlap (row stride of at least " + std::to_string(view.cols) + ")",
@@ -152,24 +154,6 @@ inline void check_tensor(const char* op, TensorView& view, const Expected& expec
   check_shape(op, view, expected.rows, expected.cols);
   check_stride(op, view, expected.written);
   view.data = data_of(view);
-}
-
-// The bytes that a call touches in one tensor: `rows` pieces of `row_bytes`, `stride` bytes apart.
-struct Footprint {
-  const char* data;
-  int64_t rows, row_bytes, stride;
-  bool empty() const { return rows == 0 || row_bytes == 0; }
-  const char* end() const { return data + (rows - 1) * stride + row_bytes; }
-};
-
-// True when the two share a byte. Exact for equal strides (two column ranges of one buffer do not overlap);
-// else the ranges from first to last byte decide.
-inline bool overlaps(const Footprint& a, const Footprint& b) {
-  if (a.empty() || b.empty() || a.end() <= b.data || b.end() <= a.data) return false;
-  if (a.stride != b.stride || a.stride <= 0 || a.rows == 1 || b.rows == 1) return true;
-  int64_t shift = (b.data - a.data) % a.stride;
-  if (shift < 0) shift += a.stride;
-  return shift < a.row_bytes || shift + b.row_bytes > a.stride;
 }
 
 }  // namespace sgl_kernel

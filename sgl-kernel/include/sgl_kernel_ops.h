@@ -18,9 +18,13 @@ using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t nu
 
 void abi_version(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 
+// Of every planned operator: ..._plan makes the plan, ..._run runs it, and ..._once does both, with all that is written
+// marked in its schema, for compilers.
+
 // Regions from one source set into N destination sets.
 BoxedOperator fused_metadata_copy_plan;
 BoxedOperator fused_metadata_copy_run;
+BoxedOperator fused_metadata_copy_once;
 
 // SGLang's signatures: one destination with any mode; three destinations in DECODE.
 BoxedOperator fused_metadata_copy;
@@ -31,10 +35,13 @@ std::string fused_metadata_copy_multi_schema();
 // seq_lens, req_pool_indices, req_to_token -> all fields of N destinations.
 BoxedOperator nsa_metadata_generate_plan;
 BoxedOperator nsa_metadata_generate_run;
+BoxedOperator nsa_metadata_generate_once;
 
 // Lengths -> DeepGEMM's schedule of paged MQA logits, any number of them.
 BoxedOperator paged_mqa_schedule_plan;
 BoxedOperator paged_mqa_schedule_run;
+BoxedOperator paged_mqa_schedule_once;
+
 // Both: a generation, then a copy of what it wrote.
 BoxedOperator nsa_metadata_replicate_run;
 

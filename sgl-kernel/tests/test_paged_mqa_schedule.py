@@ -216,7 +216,7 @@ REJECTED = [
     ),
     reject(
         "writes what it reads",
-        "schedules[0].schedule: expected memory apart from all lengths, found an overlap with schedules[0]",
+        "schedules[0].schedule: expected memory apart from every length, found an overlap with schedules[0]",
         lambda l, s, d: (s[:, 0], s),
     ),
     reject(
@@ -238,7 +238,9 @@ def test_rejected(case: Malformed, device: str) -> None:
 
 def test_schedules_that_overlap_are_refused(device: str) -> None:
     lens, both = i32(4, device=device), i32(20, 2, device=device)
-    message = "schedules[1].schedule: expected memory apart from other schedules, found an overlap with"
+    message = (
+        "schedules[1].schedule: expected memory apart from every other destination, found an overlap with"
+    )
     with pytest.raises(RuntimeError, match=re.escape(message)):
         PagedMQASchedulePlan([PagedMQASchedule(lens, both[:11]), PagedMQASchedule(lens, both[10:])])
 

@@ -94,7 +94,7 @@ COPY = [
     reject(
         "source of another region",
         "regions[0].dsts[1]: expected memory apart from every source, found an overlap with regions[1].src",
-        lambda r, d: (lambda s: [replace(r, dsts=(*r.dsts, s)), replace(r, src=s)])(i32(4, 8, device=d)),
+        lambda r, d: (lambda s: [replace(r, dsts=(*r.dsts, s)), CopyRegion(s, ())])(i32(4, 8, device=d)),
     ),
     reject(
         "rows_extra without expanded",

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "attention/fused_metadata_copy.cuh"
+#include "overlap.h"
 #include "tensor_view.h"
 
 namespace sgl_kernel {
@@ -32,25 +33,30 @@ inline Footprint footprint(const TensorView& view, const CopyExtent& extent) {
   return {view.data, extent.rows, extent.cols * extent.element_size, view.row_stride * extent.element_size};
 }
 
-// No source may share a byte with any destination: the order of the copies is not defined.
-inline void check_overlaps(const char* op, const RegionArgs* regions, int num_regions) {
+// No source may share a byte with any destination, and no destination with that of another region.
+inline void check_overlaps(const char* op, const RegionArgs* regions, int num_regions, Access* accesses) {
+  Access* end = accesses;
   for (int r = 0; r < num_regions; ++r) {
-    const Footprint src = footprint(regions[r].src, regions[r].extent);
-    for (int q = 0; q < num_regions; ++q) {
-      for (int d = 0; d < regions[q].num_dsts; ++d) {
-        const TensorView& dst = regions[q].dsts[d];
-        if (overlaps(src, footprint(dst, regions[q].extent))) {
-          reject(op, dst.name, "memory apart from every source", "an overlap with " + regions[r].src.name.str());
-        }
-      }
+    const RegionArgs& region = regions[r];
+    *end++ = {footprint(region.src, region.extent), &region.src, false, r};
+    for (int d = 0; d < region.num_dsts; ++d) {
+      *end++ = {footprint(region.dsts[d], region.extent), &region.dsts[d], true, r};
     }
   }
+  check_apart(op, accesses, end, "source");
 }
 
 // One launch: the kernel's argument, and what it takes to set its live extents.
 struct CopyLaunch {
   CopyParams params{};
   CopyExtent extents[kMaxCopyRegions];
+
+  bool counts_fit() const {
+    if (params.num_regions > kMaxCopyRegions) return false;
+    return std::all_of(params.regions, params.regions + params.num_regions, [](const CopyRegion& region) {
+      return region.slot_begin <= region.slot_end && region.slot_end <= kMaxCopySlots;
+    });
+  }
 
   // Appends the region with its destinations from `next_dst` on, as many as fit; false when none does.
   bool add(const RegionArgs& region, int& next_dst) {

@@ -1,6 +1,7 @@
 // fused_metadata_copy through a plan: every check and all packing once, then a run that takes two integers.
 #include <algorithm>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "attention/copy_launch.h"
@@ -103,9 +104,8 @@ void check_limit(const char* name, int64_t value, int64_t limit) {
   }
 }
 
-}  // namespace
-
-void fused_metadata_copy_plan(StableIValue* stack, uint64_t, uint64_t) {
+// Checks and packs what the first six places of the stack hold.
+Planned<CopyLaunch> make_copy_plan(StableIValue* stack) {
   PlanArgs args;
   args.srcs = take<std::vector<torch::stable::Tensor>>(stack[0]);
   args.dsts = take<std::vector<torch::stable::Tensor>>(stack[1]);
@@ -134,21 +134,21 @@ void fused_metadata_copy_plan(StableIValue* stack, uint64_t, uint64_t) {
       check_tensor(kOp, dsts[d], expected);
     }
   }
-  check_overlaps(kOp, regions.data(), static_cast<int>(regions.size()));
+  std::vector<Access> accesses(regions.size() + dsts.size());
+  check_overlaps(kOp, regions.data(), static_cast<int>(regions.size()), accesses.data());
 
   std::stable_sort(regions.begin(), regions.end(), [](const RegionArgs& a, const RegionArgs& b) {
     return a.extent.rows * a.extent.cols * a.extent.element_size >
            b.extent.rows * b.extent.cols * b.extent.element_size;
   });
-  const std::vector<CopyLaunch> launches = pack(regions);
+  std::vector<CopyLaunch> launches = pack(regions);
   backend::prepare(device_index);
-  stack[0] = torch::stable::detail::from(make_plan(make_header(regions, device_index, launches.size()), launches));
+  std::vector<torch::stable::Tensor> tensors = std::move(args.srcs);
+  tensors.insert(tensors.end(), args.dsts.begin(), args.dsts.end());
+  return {make_header(regions, device_index, launches.size()), std::move(launches), std::move(tensors)};
 }
 
-void fused_metadata_copy_run(StableIValue* stack, uint64_t, uint64_t) {
-  const TensorHandle plan_tensor = take_tensor(stack[0]);
-  const int64_t expanded_rows = take<int64_t>(stack[1]), max_len = take<int64_t>(stack[2]);
-  const auto plan = open_plan<CopyLaunch>(kOp, plan_tensor.get(), kMagic);
+void run(const PlanView<CopyLaunch>& plan, int64_t expanded_rows, int64_t max_len) {
   check_limit("expanded_rows", expanded_rows, plan.header->limits[0]);
   check_limit("max_len", max_len, plan.header->limits[1]);
   for (const CopyLaunch* launch = plan.begin; launch != plan.end; ++launch) {
@@ -156,6 +156,25 @@ void fused_metadata_copy_run(StableIValue* stack, uint64_t, uint64_t) {
     launch->set_extents(params, expanded_rows, max_len);
     backend::launch_copy(params, plan.header->device_index);
   }
+}
+
+}  // namespace
+
+void fused_metadata_copy_plan(StableIValue* stack, uint64_t, uint64_t) {
+  const auto plan = make_copy_plan(stack);
+  stack[0] = torch::stable::detail::from(plan.as_tensor());
+}
+
+void fused_metadata_copy_run(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorHandle plan_tensor = take_tensor(stack[0]);
+  const int64_t expanded_rows = take<int64_t>(stack[1]), max_len = take<int64_t>(stack[2]);
+  run(open_plan<CopyLaunch>(kOp, plan_tensor.get(), kMagic), expanded_rows, max_len);
+}
+
+void fused_metadata_copy_once(StableIValue* stack, uint64_t, uint64_t) {
+  const int64_t expanded_rows = take<int64_t>(stack[6]), max_len = take<int64_t>(stack[7]);
+  const auto plan = make_copy_plan(stack);
+  run(plan.view(), expanded_rows, max_len);
 }
 
 }  // namespace sgl_kernel

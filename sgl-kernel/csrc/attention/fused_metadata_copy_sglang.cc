@@ -172,7 +172,8 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
     }
     if (part.rows == 0 || part.cols == 0 || region.num_dsts == 0) --num_regions, region = RegionArgs{};
   }
-  check_overlaps(op, regions, num_regions);
+  Access accesses[kNumFields * (1 + kMultiDestinations)];
+  check_overlaps(op, regions, num_regions, accesses);
 
   backend::prepare(device_index);  // the kernels, once: this has no plan that could
   CopyLaunch launch;

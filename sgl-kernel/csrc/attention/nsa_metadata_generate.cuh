@@ -92,6 +92,11 @@ struct GenerateParams {
   bool has_pages;
   GenerateTables tables[kMaxGenerateDestinations];
   GenerateVectors vectors[kMaxGenerateDestinations];
+
+  bool counts_fit() const {
+    return num_vectors >= 0 && num_vectors <= kMaxGenerateDestinations && num_tables >= 0 &&
+           num_tables <= kMaxGenerateDestinations;
+  }
 };
 static_assert(sizeof(GenerateParams) <= 4096, "GenerateParams must fit in the kernel argument space");
 

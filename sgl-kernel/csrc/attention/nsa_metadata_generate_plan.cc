@@ -3,9 +3,11 @@
 #include <iterator>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "attention/nsa_metadata_generate.cuh"
+#include "overlap.h"
 #include "plan.h"
 #include "sgl_kernel_ops.h"
 #include "stack.h"
@@ -113,18 +115,6 @@ void check_table_width(const TensorView& table, const PlanArgs& args, int64_t pa
          table.cols);
 }
 
-void check_no_input_overlap(const TensorView& dst, const PlanArgs& args) {
-  const auto whole = [](const TensorView& view) {
-    return Footprint{view.data, view.rows, view.cols * view.element_size, view.row_stride * view.element_size};
-  };
-  for (const TensorView* input : {&args.seq_lens, &args.req_pool_indices, &args.req_to_token, &args.accept_lens}) {
-    if (input == &args.accept_lens && !args.has_accept_lens) continue;
-    if (overlaps(whole(*input), whole(dst))) {
-      reject(kOp, dst.name, "memory apart from every input", "an overlap with " + input->name.str());
-    }
-  }
-}
-
 void check_destination(Destination& dst, const PlanArgs& args) {
   if (std::none_of(std::begin(dst.has), std::end(dst.has), [](bool has) { return has; })) {
     reject(kOp, {"", "destinations[%d]", dst.fields[0].name.a}, "at least one tensor", "none");
@@ -137,8 +127,31 @@ void check_destination(Destination& dst, const PlanArgs& args) {
                  {args.seq_lens.device_index, aoti_torch_dtype_int32(), kFields[f].dim, table ? count : 1,
                   table ? 0 : count + kFields[f].prefix, /*written=*/true});
     if (table) check_table_width(dst.fields[f], args, f == kPageTable1 ? 1 : args.page_size);
-    check_no_input_overlap(dst.fields[f], args);
   }
+}
+
+// What destinations share has to get the same values: a table whatever the offset, a vector with equal offsets.
+void check_overlaps(const PlanArgs& args, const std::vector<Destination>& dsts) {
+  std::vector<Access> accesses;
+  for (const TensorView* input : {&args.seq_lens, &args.req_pool_indices, &args.req_to_token, &args.accept_lens}) {
+    if (input == &args.accept_lens && !args.has_accept_lens) continue;
+    const int64_t size = input->element_size;
+    accesses.push_back({{input->data, input->rows, input->cols * size, input->row_stride * size}, input, false, 0});
+  }
+  for (const Destination& dst : dsts) {
+    for (int f = 0; f < kNumDestinationFields; ++f) {
+      if (!dst.has[f]) continue;
+      const TensorView& view = dst.fields[f];
+      const int64_t count = kFields[f].per_row ? args.rows() : args.bs;
+      const bool table = kFields[f].dim == 2;
+      const int64_t cols = table ? view.cols : count + kFields[f].prefix;
+      accesses.push_back({{view.data, table ? count : 1, cols * 4, view.row_stride * 4},
+                          &view,
+                          true,
+                          f + kNumDestinationFields * (table ? 0 : int64_t{dst.seqlens_offset})});
+    }
+  }
+  check_apart(kOp, accesses.data(), accesses.data() + accesses.size(), "input");
 }
 
 GenerateVectors vectors_of(const Destination& dst) {
@@ -243,21 +256,20 @@ std::vector<GenerateParams> make_launches(const PlanArgs& args, const std::vecto
   return launches;
 }
 
-}  // namespace
-
-void nsa_metadata_generate_plan(StableIValue* stack, uint64_t, uint64_t) {
+// Checks and packs what the stack holds.
+Planned<GenerateParams> make_generate_plan(StableIValue* stack) {
   PlanArgs args{};
   args.mode = take<int64_t>(stack[0]);
   args.bs = take<int64_t>(stack[1]);
-  const TensorHandle seq_lens = take_tensor(stack[2]), req_pool_indices = take_tensor(stack[3]);
-  const TensorHandle req_to_token = take_tensor(stack[4]);
-  const auto tensors = take<std::vector<torch::stable::Tensor>>(stack[5]);
+  TensorHandle seq_lens = take_tensor(stack[2]), req_pool_indices = take_tensor(stack[3]);
+  TensorHandle req_to_token = take_tensor(stack[4]);
+  auto tensors = take<std::vector<torch::stable::Tensor>>(stack[5]);
   const auto dst_fields = take<std::vector<int64_t>>(stack[6]);
   const auto seqlens_offsets = take<std::vector<int64_t>>(stack[7]);
   args.page_size = take<int64_t>(stack[8]);
   args.topk = take<int64_t>(stack[9]);
   args.rows_per_req = take<int64_t>(stack[10]);
-  const TensorHandle accept_lens = take_optional_tensor(stack[11]);
+  TensorHandle accept_lens = take_optional_tensor(stack[11]);
   args.packed = take<bool>(stack[12]);
 
   args.has_accept_lens = accept_lens != nullptr;
@@ -287,19 +299,40 @@ void nsa_metadata_generate_plan(StableIValue* stack, uint64_t, uint64_t) {
     check_destination(dsts[d], args);
   }
 
-  const std::vector<GenerateParams> launches = make_launches(args, dsts);
+  check_overlaps(args, dsts);
+
+  std::vector<GenerateParams> launches = make_launches(args, dsts);
   const int32_t device_index = args.seq_lens.device_index;
   backend::prepare(device_index);
-  const PlanHeader header{kMagic, static_cast<int64_t>(launches.size()), device_index, backend::device_type(), {0, 0}};
-  stack[0] = torch::stable::detail::from(make_plan(header, launches));
+  for (TensorHandle* input : {&seq_lens, &req_pool_indices, &req_to_token, &accept_lens}) {
+    if (*input) tensors.emplace_back(input->release());
+  }
+  return {{kMagic, static_cast<int64_t>(launches.size()), device_index, backend::device_type(), {0, 0}},
+          std::move(launches),
+          std::move(tensors)};
+}
+
+void run(const PlanView<GenerateParams>& plan) {
+  for (const GenerateParams* launch = plan.begin; launch != plan.end; ++launch) {
+    backend::launch_generate(*launch, plan.header->device_index);
+  }
+}
+
+}  // namespace
+
+void nsa_metadata_generate_plan(StableIValue* stack, uint64_t, uint64_t) {
+  const auto plan = make_generate_plan(stack);
+  stack[0] = torch::stable::detail::from(plan.as_tensor());
 }
 
 void nsa_metadata_generate_run(StableIValue* stack, uint64_t, uint64_t) {
   const TensorHandle plan_tensor = take_tensor(stack[0]);
-  const auto plan = open_plan<GenerateParams>(kOp, plan_tensor.get(), kMagic);
-  for (const GenerateParams* launch = plan.begin; launch != plan.end; ++launch) {
-    backend::launch_generate(*launch, plan.header->device_index);
-  }
+  run(open_plan<GenerateParams>(kOp, plan_tensor.get(), kMagic));
+}
+
+void nsa_metadata_generate_once(StableIValue* stack, uint64_t, uint64_t) {
+  const auto plan = make_generate_plan(stack);
+  run(plan.view());
 }
 
 }  // namespace sgl_kernel

@@ -29,6 +29,8 @@ struct PagedMQAScheduleParams {
   bool remainder_last;  // what does not divide evenly goes to the last SMs, else to the first
   bool segment_major;   // a request's work in order: all atoms of a segment together, else all segments of an atom
   PagedMQASchedule schedules[kMaxPagedMQASchedules];
+
+  bool counts_fit() const { return num_schedules > 0 && num_schedules <= kMaxPagedMQASchedules; }
 };
 static_assert(sizeof(PagedMQAScheduleParams) <= 4096, "PagedMQAScheduleParams must fit in the kernel argument space");
 

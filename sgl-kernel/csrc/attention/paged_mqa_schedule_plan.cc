@@ -1,8 +1,10 @@
 // paged_mqa_schedule through a plan: every check and all addresses once, then a run without arguments.
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "attention/paged_mqa_schedule.cuh"
+#include "overlap.h"
 #include "plan.h"
 #include "sgl_kernel_ops.h"
 #include "stack.h"
@@ -50,19 +52,12 @@ Footprint whole(const TensorView& view) {
 }
 
 void check_overlaps(const std::vector<ScheduleArgs>& all) {
+  std::vector<Access> accesses;
   for (size_t k = 0; k < all.size(); ++k) {
-    const TensorView& written = all[k].schedule;
-    for (size_t other = 0; other < all.size(); ++other) {
-      const TensorView& lens = all[other].context_lens;
-      if (overlaps(whole(written), whole(lens))) {
-        reject(kOp, written.name, "memory apart from all lengths", "an overlap with " + lens.name.str());
-      }
-      if (other < k && overlaps(whole(written), whole(all[other].schedule))) {
-        reject(kOp, written.name, "memory apart from other schedules",
-               "an overlap with " + all[other].schedule.name.str());
-      }
-    }
+    accesses.push_back({whole(all[k].context_lens), &all[k].context_lens, false, 0});
+    accesses.push_back({whole(all[k].schedule), &all[k].schedule, true, static_cast<int64_t>(k)});
   }
+  check_apart(kOp, accesses.data(), accesses.data() + accesses.size(), "length");
 }
 
 std::vector<PagedMQAScheduleParams> make_launches(const std::vector<ScheduleArgs>& all,
@@ -82,10 +77,9 @@ std::vector<PagedMQAScheduleParams> make_launches(const std::vector<ScheduleArgs
   return launches;
 }
 
-}  // namespace
-
-void paged_mqa_schedule_plan(StableIValue* stack, uint64_t, uint64_t) {
-  const auto context_lens = take<std::vector<torch::stable::Tensor>>(stack[0]);
+// Checks and packs what the first six places of the stack hold.
+Planned<PagedMQAScheduleParams> make_schedule_plan(StableIValue* stack) {
+  auto context_lens = take<std::vector<torch::stable::Tensor>>(stack[0]);
   const auto schedules = take<std::vector<torch::stable::Tensor>>(stack[1]);
   const auto atoms = take<std::vector<int64_t>>(stack[2]);
   const int64_t segment = take<int64_t>(stack[3]);
@@ -114,19 +108,36 @@ void paged_mqa_schedule_plan(StableIValue* stack, uint64_t, uint64_t) {
   }
   check_overlaps(all);
 
-  const std::vector<PagedMQAScheduleParams> launches = make_launches(all, common);
+  std::vector<PagedMQAScheduleParams> launches = make_launches(all, common);
   const int32_t device_index = all[0].context_lens.device_index;
   backend::prepare(device_index);
-  const PlanHeader header{kMagic, static_cast<int64_t>(launches.size()), device_index, backend::device_type(), {0, 0}};
-  stack[0] = torch::stable::detail::from(make_plan(header, launches));
+  context_lens.insert(context_lens.end(), schedules.begin(), schedules.end());
+  return {{kMagic, static_cast<int64_t>(launches.size()), device_index, backend::device_type(), {0, 0}},
+          std::move(launches),
+          std::move(context_lens)};
+}
+
+void run(const PlanView<PagedMQAScheduleParams>& plan) {
+  for (const PagedMQAScheduleParams* launch = plan.begin; launch != plan.end; ++launch) {
+    backend::launch_paged_mqa_schedule(*launch, plan.header->device_index);
+  }
+}
+
+}  // namespace
+
+void paged_mqa_schedule_plan(StableIValue* stack, uint64_t, uint64_t) {
+  const auto plan = make_schedule_plan(stack);
+  stack[0] = torch::stable::detail::from(plan.as_tensor());
 }
 
 void paged_mqa_schedule_run(StableIValue* stack, uint64_t, uint64_t) {
   const TensorHandle plan_tensor = take_tensor(stack[0]);
-  const auto plan = open_plan<PagedMQAScheduleParams>(kOp, plan_tensor.get(), kMagic);
-  for (const PagedMQAScheduleParams* launch = plan.begin; launch != plan.end; ++launch) {
-    backend::launch_paged_mqa_schedule(*launch, plan.header->device_index);
-  }
+  run(open_plan<PagedMQAScheduleParams>(kOp, plan_tensor.get(), kMagic));
+}
+
+void paged_mqa_schedule_once(StableIValue* stack, uint64_t, uint64_t) {
+  const auto plan = make_schedule_plan(stack);
+  run(plan.view());
 }
 
 }  // namespace sgl_kernel

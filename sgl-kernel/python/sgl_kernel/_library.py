@@ -6,7 +6,6 @@ wheel) and then the build directory of a source tree. A library that fails to lo
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable
@@ -21,6 +20,13 @@ logger = logging.getLogger(__name__)
 DEVICE_TYPES = ("cpu", "cuda")
 ABI_VERSION = 3  # kAbiVersion of include/sgl_kernel_ops.h
 LIBRARY_DIR_VARIABLE = "SGL_KERNEL_LIBRARY_DIR"
+PLANNED_OPERATORS = ("fused_metadata_copy", "nsa_metadata_generate", "paged_mqa_schedule")
+WRITING_OPERATORS = (
+    *(f"{name}_{kind}" for name in PLANNED_OPERATORS for kind in ("run", "once")),
+    "nsa_metadata_replicate_run",
+    "fused_metadata_copy",
+    "fused_metadata_copy_multi",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,9 @@ def operator(device_type: str, name: str) -> Any:
     """One operator overload of a device's library; RuntimeError with the reason if the library is missing."""
     if device_type not in DEVICE_TYPES:
         raise RuntimeError(_unknown_device(device_type))
-    loaded = _load(device_type)
+    loaded = _loaded.get(device_type) or _load(
+        device_type
+    )  # a compiler reads the dictionary, and cannot load
     if loaded.ops is None:
         raise RuntimeError(loaded.error)
     return getattr(loaded.ops, name).default
@@ -72,8 +80,17 @@ def _unknown_device(device_type: str) -> str:
     return f"sgl_kernel: device type: expected one of {', '.join(DEVICE_TYPES)}, found {device_type}"
 
 
-@functools.cache
+_loaded: dict[str, _Loaded] = {}  # by device type
+
+
 def _load(device_type: str) -> _Loaded:
+    """The library of a device type, loaded at the first call."""
+    if device_type not in _loaded:
+        _loaded[device_type] = _load_anew(device_type)
+    return _loaded[device_type]
+
+
+def _load_anew(device_type: str) -> _Loaded:
     ops = getattr(torch.ops, f"sgl_kernel_nsa_{device_type}")
     if not hasattr(ops, "abi_version"):  # another copy of this package may have loaded it already
         reason = _load_file(device_type)
@@ -103,4 +120,10 @@ def _load_file(device_type: str) -> str | None:
         reason = error.__cause__ or error  # torch wraps the dynamic linker's own words
         return f"sgl_kernel: {path} does not load under torch {torch.__version__}: {reason}"
     logger.debug("loaded %s", path)
+    for name in WRITING_OPERATORS:
+        torch.library.register_fake(f"sgl_kernel_nsa_{device_type}::{name}", _write_nothing)
     return None
+
+
+def _write_nothing(*arguments: Any) -> None:
+    """What a compiler runs in place of an operator that only writes into its arguments."""

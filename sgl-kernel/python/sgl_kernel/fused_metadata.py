@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from ._library import operator
+from ._plan import Plan
 
 
 @dataclass(frozen=True)
@@ -35,41 +36,35 @@ class CopyRegion:
     cols_per: int = 0
 
 
-class FusedMetadataCopyPlan:
+class FusedMetadataCopyPlan(Plan):
     """Copies regions to any number of destinations; up to 16 destinations of 12 regions are one launch.
 
-    The plan holds addresses: it keeps the tensors alive, and their storage must not be resized. No source
-    may overlap a destination. A run enqueues on the current stream, allocates nothing, and can be captured
-    in a CUDA graph. The graph holds the addresses but does not own the plan: keep the plan as long as the
-    graph.
+    The plan holds addresses and keeps the memory behind them; storage must not be resized. No source may
+    overlap a destination, nor one destination another (the same one twice is legal). A run enqueues on the
+    current stream, allocates nothing, and can be captured in a CUDA graph, which does not own the plan.
     """
 
-    launches: int
-    """Kernel launches of one run."""
-
     def __init__(self, regions: Sequence[CopyRegion]) -> None:
-        self._regions = tuple(regions)
-        if not self._regions:
+        if not regions:
             raise RuntimeError("fused_metadata_copy: regions: expected at least one region, found 0")
-        for i, region in enumerate(self._regions):
+        for i, region in enumerate(regions):
             if region.rows not in ("all", "expanded"):
                 where = f"fused_metadata_copy: regions[{i}].rows"
                 raise RuntimeError(f"{where}: expected 'all' or 'expanded', found {region.rows!r}")
-        self.device_type = device_type = self._regions[0].src.device.type
-        self._plan = operator(device_type, "fused_metadata_copy_plan")(
-            [r.src for r in self._regions],
-            [dst for r in self._regions for dst in r.dsts],
-            [len(r.dsts) for r in self._regions],
-            [int(r.rows == "expanded") for r in self._regions],
-            [r.rows_extra for r in self._regions],
-            [r.cols_per for r in self._regions],
-        )  # uint8 on the CPU
-        self._run = operator(device_type, "fused_metadata_copy_run")
-        self.launches = _num_launches(self._plan)
+        super().__init__(
+            regions[0].src.device.type,
+            "fused_metadata_copy",
+            [r.src for r in regions],
+            [dst for r in regions for dst in r.dsts],
+            [len(r.dsts) for r in regions],
+            [int(r.rows == "expanded") for r in regions],
+            [r.rows_extra for r in regions],
+            [r.cols_per for r in regions],
+        )
 
     def run(self, expanded_rows: int = -1, max_len: int = -1) -> None:
         """Copies. -1 means the full extent; a value larger than some region's extent is an error."""
-        self._run(self._plan, expanded_rows, max_len)
+        self._enqueue(expanded_rows, max_len)
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ class MetadataDestination:
 
     `rows` is bs in DECODE and bs * rows_per_req in the other modes (packed rows may use fewer). The widths
     of the tables may differ between destinations. Destinations may share their tables: those are then
-    written once, up to the longest of the lengths.
+    written once, up to the longest of the lengths. Any other overlap is refused, but of equal vectors.
     """
 
     cache_seqlens: torch.Tensor | None = None  # [>= bs]
@@ -105,7 +100,7 @@ class MetadataDestination:
         )
 
 
-class NSAMetadataGeneratePlan:
+class NSAMetadataGeneratePlan(Plan):
     """Generates all metadata of all destinations from seq_lens, req_pool_indices and req_to_token, on the
     device.
 
@@ -141,9 +136,6 @@ class NSAMetadataGeneratePlan:
         packed: DRAFT_EXTEND only.
     """
 
-    launches: int
-    """Kernel launches of one run."""
-
     def __init__(
         self,
         *,
@@ -159,10 +151,10 @@ class NSAMetadataGeneratePlan:
         accept_lens: torch.Tensor | None = None,
         packed: bool = False,
     ) -> None:
-        self._tensors = (seq_lens, req_pool_indices, req_to_token, accept_lens, tuple(destinations))
         fields = [d.tensors() for d in destinations]
-        self.device_type = device_type = seq_lens.device.type
-        self._plan = operator(device_type, "nsa_metadata_generate_plan")(
+        super().__init__(
+            seq_lens.device.type,
+            "nsa_metadata_generate",
             mode,
             bs,
             seq_lens,
@@ -176,17 +168,11 @@ class NSAMetadataGeneratePlan:
             rows_per_req,
             accept_lens,
             packed,
-        )  # uint8 on the CPU
-        self._run = operator(device_type, "nsa_metadata_generate_run")
-        self.launches = _num_launches(self._plan)
+        )
 
     def run(self) -> None:
         """Generates, on the current stream."""
-        self._run(self._plan)
-
-
-def _num_launches(plan: torch.Tensor) -> int:
-    return int(plan[8:16].view(torch.int64)[0])  # PlanHeader::num_launches of csrc/plan.h
+        self._enqueue()
 
 
 def fused_metadata_copy_cuda(

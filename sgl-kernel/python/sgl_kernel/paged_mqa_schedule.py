@@ -13,8 +13,7 @@ from typing import Literal
 
 import torch
 
-from ._library import operator
-from .fused_metadata import _num_launches
+from ._plan import Plan
 
 SEGMENT = 256
 """Keys that an SM scores at a time: four pages of 64."""
@@ -63,16 +62,13 @@ class PagedMQASchedule:
     schedule: torch.Tensor
 
 
-class PagedMQASchedulePlan:
+class PagedMQASchedulePlan(Plan):
     """Writes DeepGEMM's `get_paged_mqa_logits_metadata` of every given schedule; up to 64 are one launch.
 
     Equal to DeepGEMM's result bit for bit with the split of its release (`find_split` finds it). Lengths are
     read on the device at every run; one below 0 counts as 0. A run enqueues on the current stream, allocates
-    nothing, and can be captured in a CUDA graph; the graph does not own the plan, so keep it as long.
+    nothing, and can be captured in a CUDA graph.
     """
-
-    launches: int
-    """Kernel launches of one run."""
 
     def __init__(
         self,
@@ -81,25 +77,23 @@ class PagedMQASchedulePlan:
         split: PagedMQASplit = DEEP_GEMM_SPLITS["2026-04-24"],
         segment: int = SEGMENT,
     ) -> None:
-        self._schedules = tuple(schedules)
-        if not self._schedules:
+        if not schedules:
             raise RuntimeError("paged_mqa_schedule: schedules: expected at least one, found 0")
-        lens = [s.context_lens for s in self._schedules]
-        device_type = lens[0].device.type
-        self._plan = operator(device_type, "paged_mqa_schedule_plan")(
+        lens = [s.context_lens for s in schedules]
+        super().__init__(
+            lens[0].device.type,
+            "paged_mqa_schedule",
             lens,
-            [s.schedule for s in self._schedules],
+            [s.schedule for s in schedules],
             [split.atoms(l.shape[1]) if l.dim() == 2 else 1 for l in lens],
             segment,
             split.remainder == "last",
             split.order == "segments",
-        )  # uint8 on the CPU
-        self._run = operator(device_type, "paged_mqa_schedule_run")
-        self.launches = _num_launches(self._plan)
+        )
 
     def run(self) -> None:
         """Writes the schedules, on the current stream."""
-        self._run(self._plan)
+        self._enqueue()
 
 
 def find_split(

@@ -1,0 +1,85 @@
+"""torch.compile(fullgraph=True) goes through every run and call, and keeps its order with what is around it.
+
+Without fake kernels it raised; and a plan's tensors have to be known to the compiler, or what reads them may
+be moved before what writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import sgl_kernel
+import torch
+from sgl_kernel import (
+    CopyRegion,
+    FusedMetadataCopyPlan,
+    MetadataDestination,
+    NSAMetadataGeneratePlan,
+    PagedMQASchedule,
+    PagedMQASchedulePlan,
+)
+from test_sglang_calls import good_arguments
+
+Setup = Callable[[str], tuple[torch.Tensor, torch.Tensor, Callable[[], None]]]
+
+
+def copy(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    """(what is read, what is written, the call between them)."""
+    source = torch.arange(12, dtype=torch.int32, device=device).view(3, 4)
+    written = torch.zeros(3, 4, dtype=torch.int32, device=device)
+    plan = FusedMetadataCopyPlan([CopyRegion(source, (written, torch.zeros_like(written)), cols_per=1)])
+    return source, written, lambda: plan.run(max_len=3)
+
+
+def generate(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    lens = torch.tensor([3, 7], dtype=torch.int32, device=device)
+    written = torch.zeros(2, dtype=torch.int32, device=device)
+    plan = NSAMetadataGeneratePlan(
+        mode=0,
+        bs=2,
+        seq_lens=lens,
+        req_pool_indices=torch.tensor([1, 2], device=device),
+        req_to_token=torch.arange(30, dtype=torch.int32, device=device).view(3, 10),
+        destinations=[MetadataDestination(cache_seqlens=written, seqlens_offset=1)],
+        page_size=64,
+        topk=4,
+    )
+    return lens, written, plan.run
+
+
+def schedule(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    lens = torch.tensor([300, 7], dtype=torch.int32, device=device)
+    written = torch.zeros(5, 2, dtype=torch.int32, device=device)
+    return lens, written, PagedMQASchedulePlan([PagedMQASchedule(lens, written)]).run
+
+
+def sglang(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    arguments = good_arguments(device)
+    call = lambda: sgl_kernel.fused_metadata_copy_cuda(**arguments)  # noqa: E731
+    return arguments["page_indices_src"], arguments["page_table_1_dst"], call
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("setup", [copy, generate, schedule, sglang])
+def test_fullgraph(setup: Setup, backend: str, device: str) -> None:
+    def outputs(compiled: bool) -> list[torch.Tensor]:
+        source, written, call = setup(device)
+
+        def step(more: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            before = written + 1
+            source.add_(more)
+            call()
+            between = written * 2
+            written.sub_(1)
+            source.add_(more)
+            call()
+            return before, between, written + 0
+
+        torch._dynamo.reset()
+        function = torch.compile(step, fullgraph=True, backend=backend) if compiled else step
+        results = [*function(torch.tensor(1)), *function(torch.tensor(250))]
+        return [*(r.clone() for r in results), source, written]
+
+    for found, expected in zip(outputs(True), outputs(False), strict=True):
+        assert torch.equal(found, expected)
