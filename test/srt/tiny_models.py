@@ -164,7 +164,8 @@ class PagedDriver:
         self.position_of_slot: dict[int, int] = {}
         self.selected: list[list[set[int]]] = []
         ops = select_attention_ops("auto", torch.device(config.device), "tests")
-        ops = replace(ops, select_topk=self._recording(ops))
+        # What is selected is to be seen, also where it is everything.
+        ops = replace(ops, select_topk=self._recording(ops), dense_mla=None)
         nsa = NSAConfig(
             topk=config.index_topk,
             page_size=page_size,

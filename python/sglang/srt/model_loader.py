@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from sglang.srt.layers.linear import lay_out_for_cpu
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.models.deepseek_nextn import DeepseekV3ForCausalLMNextN
 from sglang.srt.models.deepseek_v32 import DeepseekV32ForCausalLM
@@ -47,13 +48,17 @@ def load_model(
     nextn = None
     if config.num_nextn_predict_layers and with_nextn:
         nextn = DeepseekV3ForCausalLMNextN(config, dtype, device)
-        nextn.set_embed_and_head(target.model.embed_tokens.weight, target.lm_head.weight)
     models: list[Model] = [target] if nextn is None else [target, nextn]
     if load_format == "dummy":
         for model in models:
             _fill_randomly(model, config.initializer_range, seed)
     else:
         _fill_from_files(models, config, skip_nextn=not with_nextn)
+    if torch.device(device).type == "cpu":
+        for model in models:
+            lay_out_for_cpu(model)
+    if nextn is not None:
+        nextn.set_embed_and_head(target.model.embed_tokens.weight, target.lm_head.weight)
     return target.eval(), nextn if nextn is None else nextn.eval()
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sglang.srt.layers.linear import Layer
 from sglang.srt.libraries.flashinfer import load_flashinfer
 
 logger = logging.getLogger(__name__)
@@ -18,13 +19,15 @@ _ROW_ALIGNMENT = 8  # elements: FlashInfer loads 16 bytes at a time
 Kernel = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]  # (x, weight, eps) -> norm
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Normalises and scales in float32 and rounds once: by torch, or in bfloat16 on CUDA by FlashInfer."""
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device), requires_grad=False)
         self.eps = eps
+        self.register_buffer("sqrt_eps", torch.tensor(eps**0.5, device=device), persistent=False)
+        self.float_on_cpu = torch.device(device).type == "cpu" and dtype == torch.float32
         half_on_cuda = torch.device(device).type == "cuda" and dtype == torch.bfloat16
         self.kernel = flashinfer_rmsnorm() if half_on_cuda else None
 
@@ -32,6 +35,9 @@ class RMSNorm(nn.Module):
         """x [..., size] -> the same shape and dtype."""
         if self.kernel is not None and x.numel():
             return self.kernel(x, self.weight, self.eps)
+        if self.float_on_cpu:  # a third of the operations: sqrt(mean square + eps) is a hypotenuse
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return x.div(norm.mul_(x.shape[-1] ** -0.5).hypot_(self.sqrt_eps)).mul_(self.weight)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

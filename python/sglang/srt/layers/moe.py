@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sglang.srt.layers.linear import linear
+from sglang.srt.layers.linear import Layer, linear
 from sglang.srt.model_config import ModelConfig
 
 # Rows that the all-experts path takes at once; bounds its [E, rows, 2 * I] intermediate.
 MASKED_CHUNK_ROWS = 256
+MASKED_CPU_ROWS = 16
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -23,7 +24,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Layer):
     """down(silu(gate(x)) * up(x)); gate and up are one matrix."""
 
     def __init__(
@@ -37,7 +38,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
 
 
-class TopkRouter(nn.Module):
+class TopkRouter(Layer):
     """Chooses experts by sigmoid score plus bias, within the best groups; weighs them by the score alone."""
 
     def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
@@ -66,7 +67,7 @@ class TopkRouter(nn.Module):
         return weights * cfg.routed_scaling_factor, experts
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(Layer):
     """E gated MLPs in two packed tensors, computed in one of three ways (same result up to rounding):
 
     - gathered: no more (token, expert) pairs than experts: one batched product over the pairs' own matrices;
@@ -75,7 +76,8 @@ class RoutedExperts(nn.Module):
       depend on the data, so the host must read them.
 
     The first two have static shapes, never wait for the device, and are what a CUDA graph can hold. Grouped
-    serves the CPU, and on CUDA the large eager batches, where one wait is small beside the work it saves.
+    serves the CPU's larger batches, and on CUDA the large eager ones, where one wait is small
+    beside the work it saves.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -83,13 +85,16 @@ class RoutedExperts(nn.Module):
         experts, hidden, inter = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         gate_up = torch.empty((experts, 2 * inter, hidden), dtype=dtype, device=device)
         down = torch.empty((experts, hidden, inter), dtype=dtype, device=device)
+        self.products = ("gate_up_proj", "down_proj")
         self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
         self.down_proj = nn.Parameter(down, requires_grad=False)
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """x [T, hidden], weights [T, K] float32, experts [T, K] int64 -> [T, hidden]."""
         if x.device.type == "cpu":
-            return self.forward_grouped(x, weights, experts)
+            # A few rows that between them choose most experts: two products instead of two an expert.
+            small = x.shape[0] <= MASKED_CPU_ROWS and 2 * experts.numel() >= len(self.down_proj)
+            return (self.forward_masked if small else self.forward_grouped)(x, weights, experts)
         if experts.numel() <= self.gate_up_proj.shape[0]:
             return self.forward_gathered(x, weights, experts)
         if x.shape[0] > MASKED_CHUNK_ROWS and not torch.cuda.is_current_stream_capturing():
@@ -128,10 +133,10 @@ class RoutedExperts(nn.Module):
     def _masked_chunk(self, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         gate_up = torch.matmul(x, self.gate_up_proj.transpose(1, 2))  # [E, T, 2 * I]
         y = torch.bmm(silu_and_mul(gate_up), self.down_proj.transpose(1, 2))  # [E, T, hidden]
-        return torch.einsum("eth,te->th", y.float(), dense).to(x.dtype)
+        return (y.float() * dense.t()[..., None]).sum(0).to(x.dtype)
 
 
-class DeepseekMoE(nn.Module):
+class DeepseekMoE(Layer):
     """Routed experts plus the shared experts that every token visits."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
+from sglang.srt.layers.linear import Layer
 from sglang.srt.model_config import RopeConfig
 
 
@@ -35,7 +35,7 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> torch.Tensor:
     return (1.0 / (rope.factor * powers)) * (1 - keep) + (1.0 / powers) * keep
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(Layer):
     """The rotations of a batch of positions; computed once per forward pass and shared by the layers."""
 
     def __init__(self, rope: RopeConfig, dim: int, device: torch.device | str) -> None:
@@ -50,24 +50,22 @@ class RotaryEmbedding(nn.Module):
         return torch.complex(angles.cos() * self.scale, angles.sin() * self.scale)
 
 
-def _halves(rotated: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[..., dim / 2], complex64 -> all real parts, then all imaginary parts: [..., dim]."""
-    return torch.view_as_real(rotated).mT.flatten(-2).to(dtype)
-
-
 def apply_rotary_interleaved(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (x0, x1), (x2, x3), ... of x [T, heads, dim]; computes in float32.
-
-    The result holds all first halves of the pairs, then all second halves. Queries and keys are reordered
-    alike, so their products do not change.
-    """
-    pairs = x.float().unflatten(-1, (-1, 2)).contiguous()
-    return _halves(torch.view_as_complex(pairs) * rotation, x.dtype)
+    """Rotates the pairs (x0, x1), (x2, x3), ... of x [T, heads, dim]; computes in float32."""
+    return _rotate(x.float().unflatten(-1, (-1, 2)), rotation).to(x.dtype)
 
 
 def apply_rotary_half(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (x_i, x_{i + r/2}) of the first r dims of x [T, heads, dim]; r is the rotation's."""
+    """Rotates the pairs (x_i, x_{i + r/2}) of the first r dims of x [T, heads, dim]; r is the rotation's.
+
+    In the result the members of a pair are neighbours. Queries and keys are reordered alike, so their
+    products do not change.
+    """
     rope = 2 * rotation.shape[-1]
-    pairs = x[..., :rope].float().unflatten(-1, (2, -1)).mT.contiguous()
-    rotated = _halves(torch.view_as_complex(pairs) * rotation, x.dtype)
-    return torch.cat((rotated, x[..., rope:]), dim=-1)
+    rotated = _rotate(x[..., :rope].float().unflatten(-1, (2, -1)).mT, rotation)
+    return torch.cat((rotated.to(x.dtype), x[..., rope:]), dim=-1)
+
+
+def _rotate(pairs: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """pairs [..., r / 2, 2], float32 -> [..., r]"""
+    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * rotation).flatten(-2)

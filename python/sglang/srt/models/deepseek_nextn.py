@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import linear
+from sglang.srt.layers.linear import Layer, linear
 from sglang.srt.layers.rotary import RotaryEmbedding
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.models.deepseek_v32 import DeepseekV32DecoderLayer
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-class DeepseekV3ForCausalLMNextN(nn.Module):
+class DeepseekV3ForCausalLMNextN(Layer):
     """One decoder layer over the next token's embedding and the target's hidden state.
 
     In the checkpoint it is layer `num_hidden_layers`. The copies of the embedding and the head stored there

@@ -15,7 +15,7 @@ from torch import nn
 
 from sglang.srt.layers.attention.base_attn_backend import MLAInputs
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import linear
+from sglang.srt.layers.linear import Layer, linear
 from sglang.srt.layers.moe import DeepseekMoE, GatedMLP
 from sglang.srt.layers.rotary import RotaryEmbedding, apply_rotary_half, apply_rotary_interleaved
 from sglang.srt.model_config import ModelConfig
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LATENT_NORM_EPS = 1e-6  # of the query's and the key's latents and of the indexer's keys, whatever the config
 
 
-class Indexer(nn.Module):
+class Indexer(Layer):
     """Projects the indexer's queries, keys and head weights; the backend scores and selects."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -42,18 +42,19 @@ class Indexer(nn.Module):
         # The score's 1 / sqrt(head_dim) is positive, so it may leave the relu and join the weights' scale.
         self.scale = self.n_heads**-0.5 * self.head_dim**-0.5
 
-    def forward(
+    def keys(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        """x [T, hidden], rotation [T, 1, rope / 2] complex64 -> [T, Di]"""
+        return apply_rotary_half(self.k_norm(self.wk(x))[:, None], rotation).squeeze(1)
+
+    def queries(
         self, x: torch.Tensor, q_latent: torch.Tensor, rotation: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [T, hidden], q_latent [T, q_lora_rank], rotation [T, 1, rope / 2] complex64
-        -> q [T, Hi, Di], k [T, Di], weights [T, Hi] float32."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, hidden], q_latent [T, q_lora_rank] -> queries [T, Hi, Di], weights [T, Hi] float32."""
         q = self.wq_b(q_latent).unflatten(-1, (self.n_heads, self.head_dim))
-        k = self.k_norm(self.wk(x))[:, None]
-        q, k = apply_rotary_half(q, rotation), apply_rotary_half(k, rotation).squeeze(1)
-        return q, k, self.weights_proj(x.float()) * self.scale
+        return apply_rotary_half(q, rotation), self.weights_proj(x.float()) * self.scale
 
 
-class MLAttention(nn.Module):
+class MLAttention(Layer):
     """Multi-head latent attention, always absorbed: W_UK joins the query and W_UV the output."""
 
     def __init__(
@@ -76,6 +77,7 @@ class MLAttention(nn.Module):
         )
         self.o_proj = linear(heads * config.v_head_dim, hidden, bias, **options)
         self.indexer = Indexer(config, **options)
+        self.kv_b_proj.products = ()  # never multiplied as a whole
         # Views into kv_b_proj, which the loader fills in place: [H, nope, C] and [H, v_head_dim, C].
         per_head = self.kv_b_proj.weight.detach().unflatten(0, (heads, -1))
         self.w_uk, self.w_uv = per_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
@@ -86,14 +88,16 @@ class MLAttention(nn.Module):
         q = self.q_b_proj(q_latent).unflatten(-1, (self.config.num_attention_heads, -1))
         q_nope, q_rope = q.split(self.q_head_dims, dim=-1)
         kv_latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.kv_dims, dim=-1)
-        q_index, k_index, index_weights = self.indexer(x, q_latent, rotation)
+        q_index = index_weights = None
+        if forward_batch.attn_backend.selects_keys():
+            q_index, index_weights = self.indexer.queries(x, q_latent, rotation)
         inputs = MLAInputs(
             q_nope=torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1),
             q_rope=apply_rotary_interleaved(q_rope, rotation),
             kv_latent=self.kv_a_layernorm(kv_latent),
             k_rope=apply_rotary_interleaved(k_rope[:, None], rotation).squeeze(1),
             q_index=q_index,
-            k_index=k_index,
+            k_index=self.indexer.keys(x, rotation),
             index_weights=index_weights,
             softmax_scale=self.config.softmax_scale,
         )
@@ -102,7 +106,7 @@ class MLAttention(nn.Module):
         return self.o_proj(values.transpose(0, 1).flatten(1))
 
 
-class DeepseekV32DecoderLayer(nn.Module):
+class DeepseekV32DecoderLayer(Layer):
     """Attention and MLP (dense or experts), each with its norm and residual.
 
     `config_layer` is the layer's number in the config, `layer_id` its number in the KV pool.
@@ -133,7 +137,7 @@ class DeepseekV32DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class DeepseekV32Model(nn.Module):
+class DeepseekV32Model(Layer):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         options = {"dtype": dtype, "device": device}
@@ -152,7 +156,7 @@ class DeepseekV32Model(nn.Module):
         return self.norm(x)
 
 
-class DeepseekV32ForCausalLM(nn.Module):
+class DeepseekV32ForCausalLM(Layer):
     """The target model. Weights are uninitialised until the loader has filled them."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -162,6 +166,7 @@ class DeepseekV32ForCausalLM(nn.Module):
         self.lm_head = linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.products = ()
         self.requires_grad_(False)
 
     @torch.inference_mode()

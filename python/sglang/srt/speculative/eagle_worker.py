@@ -7,6 +7,7 @@ draft-extend (or the prefill) has already made, and the hidden state that the ne
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -27,8 +28,8 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.eagle_info import count_accepted
 
-# The drafts are captured, so of the requests that will be there nothing is known. Filters and penalties are
-# left to the target, which has the last word.
+# Of requests about which nothing is known. Filters and penalties are left to the target, which has the last
+# word.
 DRAFT_SAMPLING = SamplingBatchInfo(all_greedy=False, needs_filter=False, changes_logits=False)
 
 
@@ -110,7 +111,7 @@ class EAGLEWorker(TpModelWorker):
             if eager and i == 0:
                 self.draft_backend.init_forward_metadata(forward_batch)
             hidden_states = self.nextn.model.forward(forward_batch)
-            tokens.append(self._draft_sample(hidden_states, positions + 2, indices))
+            tokens.append(self._draft_sample(hidden_states, positions + 2, indices, self._draft_sampling))
         return torch.stack(tokens, dim=1)
 
     def _verify(self, step: StepInputs, eager: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,27 +146,44 @@ class EAGLEWorker(TpModelWorker):
         hidden_states = self.nextn.model.forward(forward_batch).view(step.hidden_states.shape)
         last = (step.accept_lens.long() - 1).clamp(min=0)  # a padded request has accepted nothing
         rows = torch.arange(step.bs, device=self.device)
-        self._keep_draft(hidden_states[rows, last], step.req_pool_indices, step.extend_seq_lens)
+        self._keep_draft(
+            hidden_states[rows, last], step.req_pool_indices, step.extend_seq_lens, self._draft_sampling
+        )
 
     # ---- parts of a step
 
     def _draft_positions(self, step: StepInputs) -> torch.Tensor:  # [bs, D], int64
         return step.seq_lens.long()[:, None] + torch.arange(self.num_draft_tokens, device=self.device)
 
+    @property
+    def _draft_sampling(self) -> SamplingBatchInfo:
+        """A captured draft runs for requests that come later; elsewhere greedy ones are spared the noise."""
+        if self.device.type == "cuda":
+            return DRAFT_SAMPLING
+        return replace(DRAFT_SAMPLING, all_greedy=self.batch.sampling.all_greedy)
+
     def _draft_sample(
-        self, hidden_states: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        indices: torch.Tensor,
+        sampling: SamplingBatchInfo,
     ) -> torch.Tensor:
         """Draft tokens [bs] for `positions` [bs], with the noise that the target will sample them with: a
         sampled request's drafts then agree more often."""
         logits = self.nextn.model.compute_logits(hidden_states)
-        return self.sampler(logits, positions[:, None], indices, DRAFT_SAMPLING)[:, 0]
+        return self.sampler(logits, positions[:, None], indices, sampling)[:, 0]
 
     def _keep_draft(
-        self, hidden_states: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        sampling: SamplingBatchInfo,
     ) -> None:
         """Stores what the next step's draft starts from: the output [bs, hidden] at position seq_len - 1."""
         pool, indices = self.req_to_token_pool, req_pool_indices.long()
-        tokens = self._draft_sample(hidden_states, seq_lens.long() + 1, indices)
+        tokens = self._draft_sample(hidden_states, seq_lens.long() + 1, indices, sampling)
         pool.draft_token.index_copy_(0, indices, tokens)
         pool.draft_hidden.index_copy_(0, indices, hidden_states.float())
 
@@ -211,4 +229,4 @@ class EAGLEWorker(TpModelWorker):
         following = input_ids.roll(-1)
         following[last_rows] = next_tokens
         outputs = self.nextn.extend(extend, following, hidden_states)
-        self._keep_draft(outputs[last_rows], extend.req_pool_indices, extend.seq_lens)
+        self._keep_draft(outputs[last_rows], extend.req_pool_indices, extend.seq_lens, DRAFT_SAMPLING)

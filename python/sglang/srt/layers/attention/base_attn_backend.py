@@ -20,9 +20,9 @@ class MLAInputs:
     q_rope: torch.Tensor  # [T, H, qk_rope_head_dim]
     kv_latent: torch.Tensor  # [T, kv_lora_rank]: after kv_a_layernorm
     k_rope: torch.Tensor  # [T, qk_rope_head_dim]
-    q_index: torch.Tensor  # [T, index_n_heads, index_head_dim], rotated
+    q_index: torch.Tensor | None  # [T, index_n_heads, index_head_dim], rotated; None: nothing is selected
     k_index: torch.Tensor  # [T, index_head_dim], normed and rotated
-    index_weights: torch.Tensor  # [T, index_n_heads], float32, all scales included
+    index_weights: torch.Tensor | None  # [T, index_n_heads], float32, all scales included; None with q_index
     softmax_scale: float
 
 
@@ -37,6 +37,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Computes the metadata of one eager pass."""
+
+    @abstractmethod
+    def selects_keys(self) -> bool:
+        """Whether a row of this pass may see more keys than it attends to, so that it needs index queries."""
 
     @abstractmethod
     def forward(self, layer_id: int, inputs: MLAInputs, forward_batch: ForwardBatch) -> torch.Tensor:

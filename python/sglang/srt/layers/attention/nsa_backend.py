@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, MLAInputs
+from sglang.srt.layers.attention.nsa.dense_mla import LiveKeys
 from sglang.srt.layers.attention.nsa.metadata import (
     MetadataMode,
     MetadataShape,
@@ -84,7 +85,7 @@ class _GraphHooks:
     def init_forward_metadata_in_graph(self, bs: int) -> None:
         """The first thing that the captured function does; a replay of a CUDA graph has it behind it."""
         for backend, metadata in zip(self.attn_backends, self.graph_metadata.backends[bs]):
-            backend.forward_metadata = metadata
+            backend.use(metadata)
         self.graph_metadata.run_in_graph(bs)
 
     def check_after_replay(self, bs: int) -> None:
@@ -100,13 +101,29 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
         self.config = config
         self.attn_backends = (self,)
         self.forward_metadata: NSAMetadata | RaggedMetadata | None = None
+        self._width: int | None = None  # of this pass: columns worth looking at
+        self._keys: LiveKeys | None = None  # of this pass, where all of them are attended to
+
+    def use(self, metadata: NSAMetadata | RaggedMetadata) -> None:
+        """What this pass reads; its contents may still change until the first layer looks."""
+        self.forward_metadata, self._width, self._keys = metadata, None, None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """The metadata of an eager pass."""
         if forward_batch.forward_mode.is_extend():
-            self.forward_metadata = _ragged_metadata(self.config, forward_batch)
+            self.use(_ragged_metadata(self.config, forward_batch))
         else:
-            self.forward_metadata = _eager_metadata(self.config, metadata_inputs(self.config, forward_batch))
+            self.use(_eager_metadata(self.config, metadata_inputs(self.config, forward_batch)))
+
+    def selects_keys(self) -> bool:
+        """On CUDA nobody waits for the lengths: there it depends on the longest that they could be."""
+        metadata = self.forward_metadata
+        ragged = isinstance(metadata, RaggedMetadata)
+        if self._width is None:
+            self._width = _live_width(
+                metadata.nsa_seqlens_expanded, metadata.width if ragged else self.config.width
+            )
+        return ragged or self.config.decode_ops.dense_mla is None or self._width > self.config.topk
 
     def forward(self, layer_id: int, inputs: MLAInputs, forward_batch: ForwardBatch) -> torch.Tensor:
         """Writes the layer's keys, selects the top-k slots and attends: [T, H, kv_lora_rank]."""
@@ -115,6 +132,8 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
         pool.set_index_k_buffer(layer_id, loc, inputs.k_index)
 
         metadata = self.forward_metadata
+        if not self.selects_keys():
+            return self._attend_to_all(inputs, pool.kv_buffer[layer_id])
         ragged = isinstance(metadata, RaggedMetadata)
         ops = self.config.prefill_ops if ragged else self.config.decode_ops
         lengths, table = metadata.nsa_seqlens_expanded, metadata.slot_table
@@ -126,7 +145,7 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
             table.rows,
             lengths,
             self.config.topk,
-            _live_width(lengths, metadata.width if ragged else self.config.width),
+            self._width,
             rows_per_req=table.rows_per_req,
             padding_slot=ops.padding_slot,
         )  # [T, topk], int32
@@ -138,6 +157,19 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
             inputs.softmax_scale,
             metadata.reader,
         )
+
+    def _attend_to_all(self, inputs: MLAInputs, kv_buffer: torch.Tensor) -> torch.Tensor:
+        if self._keys is None:
+            metadata = self.forward_metadata
+            self._keys = LiveKeys.of(
+                metadata.slot_table,
+                metadata.nsa_seqlens_expanded,
+                metadata.shape.rows_per_req,
+                self._width,
+                inputs.q_nope.shape[1],
+            )
+        dense_mla = self.config.decode_ops.dense_mla
+        return dense_mla(inputs.q_nope, inputs.q_rope, kv_buffer, self._keys, inputs.softmax_scale)
 
 
 class NativeSparseAttnMultiStepBackend(_GraphHooks):
@@ -155,7 +187,7 @@ class NativeSparseAttnMultiStepBackend(_GraphHooks):
         for backend, offset in zip(self.attn_backends, self.offsets):
             if offset not in computed or not self.config.selection.enabled:
                 computed[offset] = _eager_metadata(self.config, inputs, offset)
-            backend.forward_metadata = computed[offset]
+            backend.use(computed[offset])
 
 
 def _eager_metadata(config: NSAConfig, inputs: MetadataInputs, seqlens_offset: int = 0) -> NSAMetadata:

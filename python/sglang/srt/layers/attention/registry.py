@@ -32,6 +32,7 @@ class SparseAttentionOps:
     prepare: Prepare | None = None
     padding_slot: int = -1  # what `sparse_mla` takes beyond a row's slots
     reads: frozenset[str] = SELECTION_READS  # fields of the metadata
+    dense_mla: Callable[..., torch.Tensor] | None = None  # of rows that attend to all: `nsa/dense_mla.py`
 
 
 def _without_state(sparse_mla: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -49,10 +50,11 @@ def _without_state(sparse_mla: Callable[..., torch.Tensor]) -> Callable[..., tor
 
 
 def _torch_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
+    from sglang.srt.layers.attention.nsa.dense_mla import dense_mla
     from sglang.srt.layers.attention.nsa.indexer import select_topk
     from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
 
-    return SparseAttentionOps("torch", select_topk, _without_state(sparse_mla))
+    return SparseAttentionOps("torch", select_topk, _without_state(sparse_mla), dense_mla=dense_mla)
 
 
 def _triton_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
