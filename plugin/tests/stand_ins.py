@@ -1,6 +1,7 @@
-"""Empty modules in place of what needs CUDA, so that SGLang's attention backends import on a CPU.
+"""Empty modules in place of what needs a GPU, so that SGLang's attention backends import without one.
 
-Nothing of SGLang itself is replaced. A stand-in has whatever is asked of it and does nothing.
+Nothing of SGLang itself is replaced. A stand-in has whatever is asked of it and does nothing; as a decorator
+it returns what it decorates.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Iterator
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 ROOTS = frozenset(
     {
@@ -22,20 +24,37 @@ ROOTS = frozenset(
         "sgl_kernel",
         "torch_memory_saver",
         "torchvision",
+        "triton",
     }
 )
 
 
-def _empty(owner: object, name: str) -> type:
+class _EmptyClass(type):
+    def __getattr__(cls, name: str) -> Any:
+        return _empty(cls, name)
+
+    def __contains__(cls, item: object) -> bool:
+        return False
+
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(())
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if "_stand_in" not in vars(cls):
+            return super().__call__(*args, **kwargs)  # SGLang's own class, with a stand-in as base
+        return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else _new(cls.__name__)
+
+
+def _new(name: str) -> _EmptyClass:
+    return _EmptyClass(name, (), {"_stand_in": True})
+
+
+def _empty(owner: object, name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    found = _EmptyClass(name, (), {})
+    found = "cpu" if name == "backend" else _new(name)  # what Triton's driver would say it compiles for
     setattr(owner, name, found)
     return found
-
-
-class _EmptyClass(type):
-    __getattr__ = _empty
 
 
 class _StandIn(ModuleType):
@@ -45,8 +64,13 @@ class _StandIn(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in ROOTS:
+    def __init__(self, roots: frozenset[str]) -> None:
+        self.roots = roots
+
+    def find_spec(
+        self, name: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] not in self.roots:
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -58,4 +82,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Finder(ROOTS))
+
+
+def install_missing(roots: frozenset[str] = ROOTS) -> None:
+    """Stands in only for what is not installed."""
+    sys.meta_path.append(_Finder(roots))

@@ -6,7 +6,6 @@ the others, so that none of them stays behind.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import logging
@@ -37,6 +36,13 @@ def derived_stages(installed: Installed, backend: Any, sets: Sequence[Any]) -> l
         stages.append(_topk_plan_stage(backend, first))
         copied.append("topk_v2_plan")
     copies = [(getattr(other, name), getattr(first, name)) for name in copied for other in others]
+    if first.flashmla_metadata is not None:
+        stages.append(_flashmla_stage(backend, first, installed.family.prefix))
+        for other in others:
+            copies += [
+                (getattr(other.flashmla_metadata, name), getattr(first.flashmla_metadata, name))
+                for name in ("flashmla_metadata", "num_splits")
+            ]
     for metadata in sets:
         lens_2d = getattr(metadata, "paged_mqa_ctx_lens_2d", None)
         if lens_2d is not None and lens_2d.data_ptr() != metadata.cache_seqlens_int32.data_ptr():
@@ -92,28 +98,7 @@ def _topk_plan_stage(backend: Any, metadata: Any) -> Stage:
     return lambda: refresh(metadata)
 
 
-def fix_flashmla(backend: Any, metadata: Any) -> bool:
-    """Gives a batch size FlashMLA tiles of its own, if they do not depend on lengths.
-
-    SGLang keeps one buffer for all sizes and writes it before every replay. In sparse mode each row counts as
-    topk keys, so the tiles of one size are always the same. Call it before the graph is captured. The tensors
-    lie outside of the memory saver's region, which comes back as zeros.
-    """
-    tiles = metadata.flashmla_metadata
-    if tiles is None:
-        return True
-    lengths = metadata.cache_seqlens_int32
-    short, long = (
-        backend._compute_flashmla_metadata(cache_seqlens=torch.full_like(lengths, n), seq_len_q=1)
-        for n in (1, 1 << 14)
-    )
-    if not (
-        torch.equal(short.flashmla_metadata, long.flashmla_metadata)
-        and torch.equal(short.num_splits, long.num_splits)
-    ):
-        return False
-    own = copy.copy(tiles)
-    object.__setattr__(own, "flashmla_metadata", short.flashmla_metadata.clone())
-    object.__setattr__(own, "num_splits", short.num_splits.clone())
-    object.__setattr__(metadata, "flashmla_metadata", own)
-    return True
+def _flashmla_stage(backend: Any, metadata: Any, prefix: str) -> Stage:
+    """SGLang keeps one buffer of tiles for all batch sizes, so it is written before every replay."""
+    tiles, lengths = metadata.flashmla_metadata, getattr(metadata, f"{prefix}_cache_seqlens_int32")
+    return lambda: tiles.copy_(backend._compute_flashmla_metadata(cache_seqlens=lengths, seq_len_q=1))

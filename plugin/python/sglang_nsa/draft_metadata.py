@@ -42,6 +42,7 @@ class DraftMetadata:
         self._captured: Any = None  # the batch whose graph is being captured
         self._pending: int | None = None  # in_graph: the size that the verifier has yet to check
         self._verifier: Verifier | None = None
+        self._captured_schedules: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._alternation = Alternation(settings.alternate) if settings.alternate else None
 
     # ---- before the graphs are captured
@@ -125,9 +126,20 @@ class DraftMetadata:
             self.installed.capture(self._first_alone, batch)
             self._share_forward_metadata()
         self._captured = batch
+        if self._alternation is not None:
+            self._keep_schedules(bs)
         self._plan(bs, batch)
         if self._verifier is not None:
             self._verifier.shadow.capture(batch)
+
+    def _keep_schedules(self, bs: int) -> None:
+        """SGLang's path leaves schedules of some backends as they were captured, which fits any lengths; what
+        the plugin's turn leaves there fits its last lengths alone, and can hang the reader of others."""
+        sets = {id(m): m for m in (b.decode_cuda_graph_metadata[bs] for b in self.backends)}
+        for metadata in sets.values():
+            schedule = metadata.paged_mqa_schedule_metadata
+            if schedule is not None:
+                self._captured_schedules.append((schedule, schedule.clone()))
 
     def _share_forward_metadata(self) -> None:
         metadata = self.backends[0].forward_metadata
@@ -177,6 +189,9 @@ class DraftMetadata:
             self._replay(batch, bs)
             return
         own = alternation.begin(bs)
+        if own and alternation.switched:
+            for target, captured in self._captured_schedules:
+                target.copy_(captured)
         self.installed.replay(self.wrapper, batch, bs) if own else self._replay(batch, bs)
         alternation.end(bs, own)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .derived import Stage, derived_stages, fix_flashmla
-from .family import Installed, UnsupportedError
+from .derived import Stage, derived_stages
+from .family import Installed
 from .nsa.metadata import NSAMetadata
 from .nsa.metadata_generators import Destination, FusedGenerator
 from .nsa.nsa_backend_mtp_precompute import MetadataInputs
@@ -26,9 +26,6 @@ class Generation:
         library, UnsupportedError or RuntimeError where a tensor is not what the kernels take."""
         self.seq_lens = batch.seq_lens  # [bs], int32 or int64
         self.req_pool_indices = batch.req_pool_indices  # [bs], int64
-        for backend, metadata in zip(backends, sets):
-            if not fix_flashmla(backend, metadata):
-                raise UnsupportedError("FlashMLA's tiles depend on the lengths")
         req_to_token = backends[0].req_to_token  # [pool, width], int32
         prefix = installed.family.prefix
         views = [_fitted(core_view(m, prefix, topk, self.seq_lens), req_to_token) for m in sets]

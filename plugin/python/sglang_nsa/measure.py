@@ -24,6 +24,7 @@ class Alternation:
     def __init__(self, every: int) -> None:
         self.every = every
         self._count = 0
+        self.switched = False  # whether this replay is the first of a turn
         self._started = 0.0
         self._last: tuple[int, float] | None = None  # batch size and time of the call before
         self._host: dict[tuple[int, str], list[float]] = defaultdict(list)
@@ -36,6 +37,7 @@ class Alternation:
             logger.info("sglang-nsa-plugin alternate %s", json.dumps(self.table()))
         self._count += 1
         own = turn % 2 == 0
+        self.switched = place == 0
         now = time.perf_counter()
         if self._last is not None and self._last[0] == bs and place > SETTLE:
             self._step[bs, _name(own)].append(now - self._last[1])

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import load
 import profiles
-from servers import BUNDLES, OUT, Server, Servers, available, run_module
+from servers import BUNDLES, OUT, Server, Servers, available, run_module, stop
 
 STEADY_S = float(os.environ.get("STEADY_S", "20"))  # under load for each number of requests
 RELEASES = available()
-ALTERNATE = os.environ.get("ALTERNATE", "0.5.17-4 0.5.17-8 0.5.12-4 0.5.12-8")  # release-steps
+ALTERNATE = os.environ.get("ALTERNATE", "")  # release-steps
 STARTED = time.monotonic()
 LIMIT_S = float(os.environ.get("LIMIT_S", "590"))  # of the whole run
 STAND_INS = Path(__file__).resolve().parent / "stand_ins"  # of what is imported and never called
@@ -99,29 +99,43 @@ def tokens_rest(deadline: float | None = None) -> None:
             compare_tokens(some)
 
 
-def alternate() -> None:
-    """SGLang's path and the plugin's by turns of 100 replays: host time of the call, time of a step."""
+def alternating() -> list[Server]:
     env = {"SGLANG_NSA_PLUGIN_ALTERNATE": "100"}
-    cases = [case.split("-") for case in ALTERNATE.split()]
-    servers = [
+    return [
         Server(f"{release}-s{steps}-{layout}-alternate", release, layout, int(steps), env=env)
-        for release, steps in cases
+        for release, steps in (case.split("-") for case in ALTERNATE.split())
         if release in RELEASES
         for layout in ("shared", "in_graph")
     ]
-    doctors = [threading.Thread(target=run_module, args=(release, "doctor", 60)) for release in RELEASES]
-    for doctor in doctors:
-        doctor.start()  # while the servers start
-    with Servers(servers) as up:
-        for doctor in doctors:
-            doctor.join()
-        for server in up:
-            for requests in (1, 8):
-                tpot = load.steady(server.port, requests, STEADY_S)
-                print(f"{server.name}: {requests} requests, {tpot:.2f} ms per output token over both paths")
-            print("    " + "\n    ".join(server.says("plugin alternate", 1)), flush=True)
-        for server in up[-1:]:
-            profile(server)
+
+
+def alternate() -> None:
+    """SGLang's path and the plugin's by turns of 100 replays: host time of the call, time of a step."""
+    with Servers(alternating()) as up:
+        measure(up)
+
+
+def measure(servers: list[Server]) -> None:
+    """One server at a time; all are warm before the first is measured."""
+    with ThreadPoolExecutor(max(1, len(servers))) as pool:
+        list(pool.map(lambda server: _bounded(load.steady, 40, server.port, 8, 1, 100, 50), servers))
+    for server in servers:
+        for requests in (1, 8):
+            tpot = _bounded(load.steady, STEADY_S + 15, server.port, requests, STEADY_S, 600, 200)
+            said = "no answer in time" if tpot is None else f"{tpot:.2f} ms per output token over both paths"
+            print(f"{server.name}: {requests} requests, {said}", flush=True)
+            if tpot is None:
+                break
+        print("    " + "\n    ".join(server.says("plugin alternate", 1)), flush=True)
+
+
+def _bounded(function: Callable, seconds: float, *arguments: object) -> object:
+    """The result, or None if it takes longer: a server that hangs must not take the report with it."""
+    result: list = []
+    thread = threading.Thread(target=lambda: result.append(function(*arguments)), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return result[0] if result else None
 
 
 def profile(server: Server) -> None:
@@ -163,7 +177,11 @@ def soak(seconds: float = float(os.environ.get("SOAK_S", "485"))) -> None:
     env = {"SGLANG_NSA_VERIFY_METADATA": "1", "SGLANG_SIMULATE_ACC_LEN": "3"}
     layouts = {"0.5.12": "shared", "0.5.17": "in_graph"}
     servers = [Server(f"{release}-soak", release, layouts[release], env=env) for release in RELEASES]
-    with Servers(servers) as up:
+    measured = alternating()
+    with Servers([*servers, *measured]) as up:
+        measure([server for server in up if server in measured])
+        stop(measured)
+        up = [server for server in up if server in servers]
         deadline = min(time.monotonic() + seconds, STARTED + LIMIT_S - 25)
         threads = [threading.Thread(target=_soak, args=(server, deadline)) for server in up]
         for thread in threads:

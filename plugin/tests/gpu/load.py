@@ -53,7 +53,7 @@ def greedy(port: int, tokens: int = 96) -> list[dict[str, Any]]:
     ]
 
 
-def steady(port: int, requests: int, seconds: float, length: int = 600) -> float:
+def steady(port: int, requests: int, seconds: float, length: int = 600, tokens: int = 400) -> float:
     """Keeps `requests` running for so long; returns the median time per output token in milliseconds."""
     per_token: list[float] = []
     until = time.monotonic() + seconds
@@ -62,11 +62,11 @@ def steady(port: int, requests: int, seconds: float, length: int = 600) -> float
         turn = 0
         while time.monotonic() < until:
             started = time.monotonic()
-            answer = generate(port, prompt(1000 * index + turn, length), 400)
+            answer = generate(port, prompt(1000 * index + turn, length), tokens)
             per_token.append((time.monotonic() - started) / answer["meta_info"]["completion_tokens"] * 1e3)
             turn += 1
 
-    threads = [threading.Thread(target=stream, args=(i,)) for i in range(requests)]
+    threads = [threading.Thread(target=stream, args=(i,), daemon=True) for i in range(requests)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -104,7 +104,7 @@ def mixed(port: int, seconds: float, clients: int = 10, longest: int = 6000) -> 
                 counts["tokens"] += tokens
             time.sleep(rng.choice([0, 0, 0.05, 0.5]))
 
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    threads = [threading.Thread(target=client, args=(i,), daemon=True) for i in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:

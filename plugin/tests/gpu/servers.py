@@ -125,6 +125,15 @@ def unpack(releases: set[str]) -> None:
             process.wait()
 
 
+def stop(servers: list[Server]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for server in servers:
+            server.signal(number)
+        time.sleep(3 if servers and number == signal.SIGTERM else 0)
+    for server in servers:
+        server.pid = None
+
+
 class Servers:
     """`with Servers([...]) as up:` starts all at once; `up` are those that answer."""
 
@@ -151,10 +160,7 @@ class Servers:
         return up
 
     def __exit__(self, *exc: object) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for server in self.servers:
-                server.signal(number)
-            time.sleep(4 if number == signal.SIGTERM else 0)
+        stop(self.servers)
 
 
 def run_module(release: str, command: str, limit: float, before: list[Path] | None = None) -> None:
