@@ -86,6 +86,8 @@ def test_flashmla_tiles_of_each_size_stay(plugin, monkeypatch, layout):
     for bs in (8, 2, BS):
         lengths = (LENGTHS * 2)[:bs]
         runner.replay(make_batch(runner.installed, lengths, range(1, bs + 1)), bs)
+        if layout == "in_graph":
+            draft_metadata_of(runner.wrapper)._plans[bs].run()
         for backend in runner.wrapper.attn_backends:
             tiles = backend.forward_metadata.flashmla_metadata
             expected = backend._compute_flashmla_metadata(torch.ones(bs), 1)
