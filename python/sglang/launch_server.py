@@ -11,7 +11,7 @@ from sglang.srt.server_args import ServerArgs
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up while modules are imported
     args = ServerArgs.from_cli()
-    from sglang.srt.entrypoints.http_server import launch_server  # slow to import: after the arguments
+    from sglang.srt.entrypoints.http_process import launch_server  # slow to import: after the arguments
 
     return launch_server(args)
 

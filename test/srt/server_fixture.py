@@ -71,7 +71,8 @@ def start_process(model: Path, log: Path, port: int, *flags: str, **env: str) ->
 def launch(model: Path, log: Path, *flags: str, **env: str) -> Iterator[RunningServer]:
     """A server that answers; ended when the context ends, whatever happened to it."""
     port = free_port()
-    server = RunningServer(f"http://127.0.0.1:{port}", start_process(model, log, port, *flags, **env), log)
+    host = "[::1]" if "::1" in flags else "127.0.0.1"
+    server = RunningServer(f"http://{host}:{port}", start_process(model, log, port, *flags, **env), log)
     try:
         wait_ready(server)
         yield server

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from server_fixture import RunningServer, free_port, is_running, launch, start_process, wait_gone
-from sglang.srt.entrypoints.http_server import bind
+import torch
+from server_fixture import (
+    SPECULATIVE_FLAGS,
+    RunningServer,
+    free_port,
+    is_running,
+    launch,
+    start_process,
+    wait_gone,
+)
+from sglang.srt.entrypoints.connection import HEADER_TIMEOUT
+from sglang.srt.entrypoints.http_process import listen
 from sglang.srt.server_args import ServerArgs
 
 LONG = {"text": "x", "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
@@ -75,7 +91,8 @@ def test_death_of_the_http_process(dummy_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_both(dummy_model: Path, tmp_path: Path, number: signal.Signals) -> None:
     """As Ctrl-C in a terminal: the whole group gets the signal, also while a stream is open."""
-    with launch(dummy_model, tmp_path / "log") as server, server.client() as client:
+    flags = ("--drain-timeout", "0.5")
+    with launch(dummy_model, tmp_path / "log", *flags) as server, server.client() as client:
         with client.stream("POST", "/generate", json=LONG | {"stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
@@ -130,19 +147,164 @@ def test_answers_leave_at_once() -> None:
             return await connected
 
     args = ServerArgs(model_path="unused", device="cpu", port=free_port())
-    with bind(args) as listener:
+    with listen(args) as listener:
         assert asyncio.run(accepted_without_delay())
 
 
-@pytest.mark.parametrize(
-    "flags,message",
-    [(("--context-length", "999999"), "context"), (("--model-path", "/nowhere"), "/nowhere")],
-    ids=["context", "path"],
-)
-def test_failed_start_says_why(
-    dummy_model: Path, tmp_path: Path, flags: tuple[str, ...], message: str
-) -> None:
-    process = start_process(dummy_model, tmp_path / "log", free_port(), *flags)
-    assert process.wait(60) == 1
+@dataclass(frozen=True)
+class BadStart:
+    flags: tuple[str, ...] = ()
+    config: Any = None  # of config.json: None as it is, a dict to be merged in, or what it holds instead
+    said: tuple[str, ...] = ()
+
+
+BAD_STARTS = {
+    "context too long": BadStart(("--context-length", "999999"), said=("context", "999999")),
+    "no such path": BadStart(("--model-path", "/nowhere"), said=("/nowhere",)),
+    "context of one": BadStart(("--context-length", "1"), said=("--context-length", "got 1")),
+    "tiny cache": BadStart(
+        ("--max-total-tokens", "2", "--page-size", "1", *SPECULATIVE_FLAGS), said=("--max-total-tokens 2",)
+    ),
+    "many steps": BadStart(
+        ("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "100000"), said=("steps", "100000")
+    ),
+    "no object": BadStart(config=[1, 2], said=("config.json", "object", "[1, 2]")),
+    "text for a number": BadStart(
+        config={"vocab_size": "many"}, said=("config.json", "vocab_size", "'many'")
+    ),
+    "a number for an object": BadStart(config={"rope_parameters": 7}, said=("config.json", "rope_par", "7")),
+    "no cuda": BadStart(("--device", "cuda"), said=("--device cuda",)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STARTS.values(), ids=list(BAD_STARTS))
+def test_failed_start_says_why_in_one_line(dummy_model: Path, tmp_path: Path, case: BadStart) -> None:
+    if "cuda" in case.flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    model = dummy_model
+    if case.config is not None:
+        model = tmp_path / "model"
+        shutil.copytree(dummy_model, model)
+        file = model / "config.json"
+        merged = json.loads(file.read_text()) | case.config if isinstance(case.config, dict) else case.config
+        file.write_text(json.dumps(merged))
+    process = start_process(model, tmp_path / "log", free_port(), *case.flags)
+    assert process.wait(120) != 0
     log = (tmp_path / "log").read_text()
-    assert message in log.split("cannot start:")[1]
+    (line,) = [line for line in log.splitlines() if "INFO" not in line and "usage:" not in line]
+    assert all(word in line for word in case.said), log
+
+
+def test_two_servers_on_one_port(dummy_model: Path, tmp_path: Path) -> None:
+    """Bug: both bound the port, and the second found out when its model was loaded."""
+    port = free_port()
+    first, second = (start_process(dummy_model, tmp_path / f"log{i}", port) for i in range(2))
+    try:
+        ended = wait_any(first, second)
+        log = (tmp_path / ("log0" if ended is first else "log1")).read_text()
+        assert ended.returncode == 1 and f"--port {port}" in log
+        assert "loading" not in log and "Traceback" not in log
+    finally:
+        for process in (first, second):
+            process.terminate()
+            process.wait(30)
+
+
+def wait_any(*processes: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for process in processes:
+            if process.poll() is not None:
+                return process
+        time.sleep(0.05)
+    raise AssertionError("both run")
+
+
+def test_strangers_and_the_end(dummy_model: Path, tmp_path: Path) -> None:
+    """What is done to one server, in order; the last is its end."""
+    (tmp_path / "tmp").mkdir()
+    with launch(dummy_model, tmp_path / "log", "--host", "::1", TMPDIR=str(tmp_path / "tmp")) as server:
+        check_half_sent_headers(server)
+        check_cut_bodies(server)
+        check_stopped_scheduler(server)
+        check_drain(server)
+
+
+def raw_connection(server: RunningServer, sent: bytes) -> socket.socket:
+    connection = socket.create_connection(("::1", httpx.URL(server.url).port))
+    connection.sendall(sent)
+    return connection
+
+
+def check_half_sent_headers(server: RunningServer) -> None:
+    """Bug: they were held for ever, and a lack of files wrote 57 MB of log."""
+    start = time.monotonic()
+    size = server.log.stat().st_size
+    connections = [raw_connection(server, b"POST /generate HTTP/1.1\r\nHost: x\r\n") for _ in range(400)]
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
+    for connection in connections:
+        connection.settimeout(max(0.1, start + HEADER_TIMEOUT + 20 - time.monotonic()))
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+        connection.close()
+    assert server.log.stat().st_size - size < 2000
+
+
+def check_cut_bodies(server: RunningServer) -> None:
+    """Bug: two tracebacks for each."""
+    size = server.log.stat().st_size
+    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    for _ in range(5):
+        raw_connection(server, head + b'Content-Length: 5000\r\n\r\n{"text": "x').close()
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
+    time.sleep(0.5)
+    assert server.log.stat().st_size == size, server.log.read_text()[size:]
+
+
+def check_stopped_scheduler(server: RunningServer) -> None:
+    """Bug: /health said 200 for ever."""
+    with server.client() as client:
+        before = client.get("/get_server_info").json()["internal_states"][0]
+        os.kill(server.scheduler_pid, signal.SIGSTOP)
+        try:
+            deadline = time.monotonic() + 15
+            while (health := client.get("/health")).status_code == 200:
+                assert time.monotonic() < deadline, "/health says 200 of a stopped scheduler"
+                time.sleep(0.2)
+            assert health.status_code == 503 and "sign of life" in health.json()["error"]["message"]
+            assert client.get("/metrics", timeout=10).status_code == 200
+            info = client.get("/get_server_info", timeout=10).json()
+            assert info["internal_states"][0]["total_pages"] == before["total_pages"]
+        finally:
+            os.kill(server.scheduler_pid, signal.SIGCONT)
+        deadline = time.monotonic() + 15
+        while client.get("/health").status_code != 200:
+            assert time.monotonic() < deadline, "/health does not recover"
+            time.sleep(0.1)
+
+
+def check_drain(server: RunningServer) -> None:
+    """Bug: a second SIGTERM killed the process, and its sockets' folder stayed."""
+    folders = server.log.parent / "tmp"
+    assert list(folders.glob("sglang-*"))
+    body = {"text": "x", "sampling_params": {"max_new_tokens": 60, "ignore_eos": True}, "stream": True}
+    with server.client() as client, server.client() as other:
+        other.get("/health")  # a connection that stays
+        with client.stream("POST", "/generate", json=body) as response:
+            lines = filter(None, response.iter_lines())
+            next(lines)
+            for _ in range(3):
+                os.killpg(server.process.pid, signal.SIGTERM)
+                time.sleep(0.02)
+            *_, last, done = lines
+        with contextlib.suppress(httpx.TransportError):  # it may have ended by now
+            assert other.post("/generate", json=body).status_code == 503
+    assert json.loads(last.removeprefix("data: "))["meta_info"]["finish_reason"]["type"] == "length"
+    assert done == "data: [DONE]"
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0, server.log.read_text()
+    wait_gone(server.scheduler_pid)
+    assert not list(folders.glob("sglang-*"))
+    assert "Traceback" not in server.log.read_text()

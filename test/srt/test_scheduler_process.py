@@ -20,6 +20,7 @@ from sglang.srt.managers.io_struct import (
     FlushCacheReqInput,
     FlushCacheReqOutput,
     FromScheduler,
+    Heartbeat,
     SchedulerFailed,
     SchedulerReady,
     TokenizedGenerateReqInput,
@@ -51,8 +52,11 @@ class Peer:
         self.outbox.send(msgspec.msgpack.encode(message))
 
     def receive(self) -> FromScheduler:
-        assert self.inbox.poll(TIMEOUT_MS), "no message"
-        return msgspec.msgpack.decode(self.inbox.recv(), type=FromScheduler)
+        while True:
+            assert self.inbox.poll(TIMEOUT_MS), "no message"
+            message = msgspec.msgpack.decode(self.inbox.recv(), type=FromScheduler)
+            if not isinstance(message, Heartbeat):
+                return message
 
     def close(self) -> None:
         self.process.kill()
@@ -75,7 +79,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
 
 def test_serves_until_it_cannot(start: Any, dummy_model: Path) -> None:
     peer = start(dummy_model, max_total_tokens=1024)
-    assert peer.receive() == SchedulerReady(1024, 1023, 2048)
+    assert peer.receive() == SchedulerReady(1024, 1023, 2048, 320)
     params = SamplingParams(temperature=0, max_new_tokens=5, ignore_eos=True)
     good = TokenizedGenerateReqInput(rid="good", input_ids=[1, 2, 3], sampling_params=params)
     unreadable = msgspec.to_builtins(
@@ -144,7 +148,7 @@ def test_ends_when_its_parent_is_killed(dummy_model: Path, tmp_path: Path) -> No
             child = int(parent.stdout.readline())
             assert inbox.poll(TIMEOUT_MS), "the scheduler did not start"
             message = msgspec.msgpack.decode(inbox.recv(), type=FromScheduler)
-            assert isinstance(message, SchedulerReady)
+            assert isinstance(message, (SchedulerReady, Heartbeat))
         finally:
             parent.kill()
             parent.wait()

@@ -90,7 +90,7 @@ def test_everything_of_ours_comes_from_the_wheels(python: Path, tmp_path: Path) 
     code = """
 import json, sys
 import sgl_kernel, sglang.bench_serving, sglang.launch_server
-import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.srt.speculative.eagle_worker
+import sglang.srt.entrypoints.http_process, sglang.srt.managers.scheduler, sglang.srt.speculative.eagle_worker
 assert sgl_kernel.available("cpu"), sgl_kernel.load_error("cpu")
 files = {n: getattr(m, "__file__", None) for n, m in sys.modules.items()}
 print(json.dumps({n: f for n, f in files.items() if f and n.partition(".")[0] in ("sglang", "sgl_kernel")}))

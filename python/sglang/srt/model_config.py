@@ -129,8 +129,19 @@ class ModelConfig:
         `context_length` None means the model's own; `dtype` "auto" means the checkpoint's. Raises ValueError
         naming the first key that is wrong or not supported, and FileNotFoundError without a config.
         """
-        raw = _read_json(Path(model_path) / "config.json")
+        path = Path(model_path) / "config.json"
+        raw = _read_json(path)
+        try:
+            return cls._from_raw(raw, model_path, context_length, dtype, device)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_raw(
+        cls, raw: dict[str, Any], model_path: str, context_length: int | None, dtype: str, device: str
+    ) -> ModelConfig:
         _check_supported(raw)
+        _check_types(raw, cls, ("rope", "mlp_layer_types", "eos_token_ids", "dtype", "device"))
         values = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
         values = {k: v for k, v in values.items() if k not in ("rope", "mlp_layer_types", "dtype", "device")}
         base = cls(**values)
@@ -196,6 +207,30 @@ class ModelConfig:
                 raise ValueError(f"config: {name} must be {expected}, got {getattr(self, name)!r}")
 
 
+JSON_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a string"),
+}
+
+
+def _check_types(raw: dict[str, Any], kind: type, others: tuple[str, ...] = ()) -> None:
+    """Raises ValueError naming the first key of a field of `kind` whose value is of another type."""
+    for f in fields(kind):
+        value, wanted = raw.get(f.name), str(f.type).partition(" |")[0]
+        if value is None or f.name in others:
+            continue
+        allowed, words = JSON_TYPES[wanted]
+        if not isinstance(value, allowed) or (wanted != "bool" and isinstance(value, bool)):
+            raise ValueError(f"config: {f.name} must be {words}, got {value!r:.80}")
+
+
+def _check(raw: dict[str, Any], name: str, is_right: bool, words: str) -> None:
+    if not is_right:
+        raise ValueError(f"config: {name} must be {words}, got {raw.get(name)!r:.80}")
+
+
 MAY_BE_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts")
 
 
@@ -204,7 +239,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"model path has no {path.name}: {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also bytes that are no UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {content!r:.80}")
@@ -213,6 +248,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_supported(raw: dict[str, Any]) -> None:
     architectures = raw.get("architectures") or []
+    _check(raw, "architectures", isinstance(architectures, list), "a list")
     if ARCHITECTURE not in architectures:
         raise ValueError(f"config: architectures must hold {ARCHITECTURE}, got {architectures!r}")
     for name, supported in FIXED_VALUES.items():
@@ -223,7 +259,10 @@ def _check_supported(raw: dict[str, Any]) -> None:
 
 def _parse_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     """`rope_parameters` (transformers 5), or `rope_scaling` beside `rope_theta` (DeepSeek)."""
+    for name in ("rope_parameters", "rope_scaling"):
+        _check(raw, name, isinstance(raw.get(name) or {}, dict), "an object")
     table = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    _check_types(raw | table, RopeConfig)
     table.setdefault("rope_type", table.pop("type", "default"))
     if table.get("rope_theta") is None:
         table["rope_theta"] = raw.get("rope_theta") or RopeConfig.rope_theta
@@ -246,19 +285,27 @@ def _parse_mlp_layer_types(raw: dict[str, Any], base: ModelConfig) -> tuple[str,
     if given is None:
         dense = base.first_k_dense_replace
         return tuple("dense" if i < dense else "sparse" for i in range(layers + 1))
+    _check(raw, "mlp_layer_types", _is_list_of(given, str), "a list of strings")
     if len(given) not in (layers, layers + base.num_nextn_predict_layers) or set(given) - {"dense", "sparse"}:
         raise ValueError(f"config: mlp_layer_types must hold {layers} of 'dense' or 'sparse', got {given!r}")
     return tuple(given) if len(given) > layers else (*given, given[-1])
 
 
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(one) is kind for one in value)
+
+
 def _parse_eos(eos: int | list[int] | None) -> tuple[int, ...]:
     if eos is None:
         return ()
+    _check(
+        {"eos_token_id": eos}, "eos_token_id", _is_list_of([eos], int) or _is_list_of(eos, int), "token ids"
+    )
     return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def _parse_dtype(dtype: str, raw: dict[str, Any]) -> torch.dtype:
     name = dtype if dtype != "auto" else raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {name!r} (--dtype {dtype})")
     return DTYPES[name]

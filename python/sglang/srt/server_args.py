@@ -19,6 +19,7 @@ NSA_BACKENDS = ("auto", "torch", "triton", "flashinfer", "flashmla_kv", "flashml
 METADATA_LAYOUTS = ("replicate", "shared", "in_graph", "indirect")
 METADATA_COPIES = ("auto", "fused", "direct", "torch")
 DEFAULT_SPECULATIVE_NUM_STEPS = 4
+MAX_SPECULATIVE_NUM_STEPS = 64  # each has its backend, its metadata and its part of the captured graph
 
 
 served = group("what is served, and where")
@@ -45,6 +46,7 @@ class ServerArgs(SGLangArgs):
     host: str = served("127.0.0.1", "address to listen on")
     port: int = served(30000, "port to listen on")
     api_key: str | None = served(None, "requests must carry it as 'Authorization: Bearer KEY'")
+    drain_timeout: float = served(10.0, "seconds that running requests may take to finish after a SIGTERM")
     log_level: str = served("info", "level of the log", ("debug", "info", "warning", "error"))
     device: str | None = runs(None, "where the model runs (default: cuda if there is one)", ("cpu", "cuda"))
     dtype: str = runs(
@@ -161,7 +163,8 @@ class ServerArgs(SGLangArgs):
         yield not 0 <= self.port <= 65535, f"--port must be in [0, 65535], got {self.port}"
         yield self.api_key == "", "--api-key must not be empty"
         yield at_least("random_seed", 0)
-        yield at_least("context_length", 1)
+        yield at_least("drain_timeout", 0)
+        yield at_least("context_length", 2)
         page = self.page_size
         yield (
             page not in [1 << i for i in range(9)],
@@ -222,7 +225,8 @@ class ServerArgs(SGLangArgs):
         yield topk != 1, f"--speculative-eagle-topk {topk} is not supported: only 1 is"
         if steps is None:
             return
-        yield steps < 1, f"--speculative-num-steps must be at least 1, got {steps}"
+        most = MAX_SPECULATIVE_NUM_STEPS
+        yield not 1 <= steps <= most, f"--speculative-num-steps must be in [1, {most}], got {steps}"
         yield (
             draft != steps + 1,
             f"--speculative-num-draft-tokens {draft} must be --speculative-num-steps {steps} + 1, "

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from sglang.srt.entrypoints.request_body import B, parse_body
 from sglang.srt.errors import RequestError
+
+logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 << 20
 MAX_BUFFERED_BYTES = 128 << 20  # of all bodies that are being read or parsed
@@ -35,6 +39,9 @@ class BodyReader:
             if len(body) <= SMALL_BODY:
                 return parse_body(kind, body)
             return await self._in_thread(lambda: _parse_large(kind, body))
+        except ClientDisconnect:
+            logger.debug("a client left while it sent its body: %d bytes had come", len(body))
+            raise RequestError(499, "the client disconnected") from None  # nobody reads it
         except asyncio.TimeoutError:
             message = f"the body did not arrive within {READ_TIMEOUT:.0f} s"
             raise RequestError(408, message) from None

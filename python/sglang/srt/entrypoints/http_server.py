@@ -1,26 +1,16 @@
-"""The HTTP process: routes, errors, and the life of the server."""
+"""The routes of the server, and what is said where something is wrong."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hmac
-import json
 import logging
-import signal
-import socket
-import time
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from transformers import AutoTokenizer
 
 import sglang
 from sglang.srt.entrypoints import token_serving
@@ -32,30 +22,29 @@ from sglang.srt.entrypoints.openai_protocol import ChatCompletionRequest, Comple
 from sglang.srt.entrypoints.openai_serving import ChatServing, CompletionServing
 from sglang.srt.entrypoints.page.routes import page_routes
 from sglang.srt.entrypoints.request_body import B
-from sglang.srt.entrypoints.scheduler_process import SchedulerProcess
 from sglang.srt.entrypoints.token_protocol import DetokenizeRequest, ScoringRequest, TokenizeRequest
 from sglang.srt.environ import envs
 from sglang.srt.errors import RequestError
-from sglang.srt.logging_config import configure_logging
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.metrics import ServerMetrics
 from sglang.srt.model_card import example_prompts
-from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
-
-GRACE = 5  # seconds for open connections when the server ends
 
 
 def build_app(args: ServerArgs, manager: TokenizerManager) -> FastAPI:
     """The application over a manager whose scheduler is ready."""
-    app = FastAPI(title="sglang", openapi_url=None)
+    # A redirect would lead to whatever host the client named.
+    app = FastAPI(title="sglang", openapi_url=None, redirect_slashes=False)
     app.state.args, app.state.manager = args, manager
     app.state.example_prompts = example_prompts(args.model_path)
     app.state.bodies = BodyReader(manager.in_thread)
     app.include_router(open_routes)
     app.include_router(page_routes())
     app.include_router(guarded_routes, dependencies=[Depends(_check_api_key)])
+    app.add_middleware(  # SGLang's policy
+        CORSMiddleware, allow_origins=["*"], allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
+    )
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
@@ -85,8 +74,9 @@ async def _check_api_key(request: Request) -> None:
     key = request.app.state.args.api_key
     if key is None:
         return
-    given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(given.strip().encode("latin-1"), key.encode())
+    if scheme.lower() != "bearer" or not right:
         raise RequestError(401, "the API key is missing or wrong", code="invalid_api_key")
 
 
@@ -102,9 +92,7 @@ guarded_routes = APIRouter()
 
 @open_routes.get("/health")
 async def health(request: Request) -> Response:
-    failure = request.app.state.manager.failure
-    if failure is not None:
-        raise failure
+    request.app.state.manager.check_health()
     return Response(status_code=200)
 
 
@@ -232,170 +220,3 @@ async def score(request: Request) -> Response:
     body = await _parse(ScoringRequest, request)
     state = request.app.state
     return await token_serving.score(state.manager, body, state.args.served_model_name, request)
-
-
-# -- life -----------------------------------------------------------------------------------------------
-
-
-class StartError(Exception):
-    """The server cannot start; the message says why."""
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM while the server loads. Unwinds, so that no process and no file stays behind."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(signal.Signals(number).name)
-
-
-def launch_server(args: ServerArgs) -> int:
-    """Runs the server until a signal ends it. Returns the exit code of the process."""
-    configure_logging(args.log_level, "http")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    scheduler = None
-    try:
-        envs.validate()
-        listener = bind(args)
-        ports = PortArgs.init_new()
-        scheduler = SchedulerProcess(args, ports)
-        scheduler.start()
-        logger.info("loading %s on %s (scheduler: pid %d)", args.model_path, args.device, scheduler.pid)
-        tokenizer, vocab_size = _load_tokenizer(args.model_path, args.tokenizer_path)
-        return asyncio.run(_serve(args, ports, scheduler, listener, tokenizer, vocab_size))
-    except (StartError, ValueError) as error:
-        logger.error("the server cannot start: %s", error)
-        return 1
-    except Interrupted as error:
-        logger.info("%s while starting: ending", error)
-        return 0
-    finally:
-        if scheduler is not None:
-            scheduler.stop()
-
-
-def bind(args: ServerArgs) -> socket.socket:
-    """Takes the port before anything is loaded."""
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    # the protocol by name: asyncio turns Nagle's algorithm off only where it is, and an answer's second
-    # segment would wait 40 ms for the client's delayed acknowledgement
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((args.host, args.port))
-    except OSError as error:
-        listener.close()
-        raise StartError(f"cannot listen on --host {args.host} --port {args.port}: {error}") from error
-    return listener
-
-
-def _load_tokenizer(model_path: str, tokenizer_path: str) -> tuple[Any, int]:
-    """The tokenizer, and the model's vocabulary size, which may be larger than the tokenizer's."""
-    try:
-        config = json.loads((Path(model_path) / "config.json").read_text())
-        return AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True), config["vocab_size"]
-    except (OSError, KeyError, ValueError) as error:
-        raise StartError(
-            f"--model-path {model_path}, --tokenizer-path {tokenizer_path}: no tokenizer or config could be "
-            f"loaded: {error}"
-        ) from error
-
-
-class _Server(uvicorn.Server):
-    """Signals are handled by `_serve`, during start and after."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def _serve(
-    args: ServerArgs,
-    ports: PortArgs,
-    scheduler: SchedulerProcess,
-    listener: socket.socket,
-    tokenizer: Any,
-    vocab_size: int,
-) -> int:
-    metrics = ServerMetrics(args.served_model_name)
-    manager = TokenizerManager(ports, tokenizer, vocab_size, metrics)
-    config = uvicorn.Config(
-        build_app(args, manager),
-        log_config=None,
-        access_log=args.log_level == "debug",
-        timeout_graceful_shutdown=GRACE,
-        lifespan="off",
-    )
-    server = _Server(config)
-    async with _watched(manager, scheduler, server) as ended:
-        try:
-            limits = await _wait_ready(manager, scheduler)
-        except RequestError as error:
-            if ended.is_set():
-                return 0
-            raise StartError(error.message) from error
-        logger.info(
-            "the server is ready on http://%s:%d (context %d, cache %d tokens)",
-            args.host,
-            listener.getsockname()[1],
-            limits.context_length,
-            limits.max_total_num_tokens,
-        )
-        await server.serve(sockets=[listener])
-        return 0 if ended.is_set() else 1
-
-
-async def _wait_ready(manager: TokenizerManager, scheduler: SchedulerProcess) -> Any:
-    start, ready = time.monotonic(), asyncio.ensure_future(manager.wait_ready())
-    while not (await asyncio.wait({ready}, timeout=10.0))[0]:
-        logger.info("waiting for the scheduler (pid %d): %.0f s", scheduler.pid, time.monotonic() - start)
-    return ready.result()
-
-
-@contextlib.asynccontextmanager
-async def _watched(
-    manager: TokenizerManager, scheduler: SchedulerProcess, server: uvicorn.Server
-) -> AsyncIterator[asyncio.Event]:
-    """Ends the server with the first of: a signal, the scheduler's end, an error in the receive loop.
-
-    Yields the event that is set where it was a signal.
-    """
-    asked = asyncio.Event()
-
-    def end(reason: str) -> None:
-        manager.fail(reason)
-        server.should_exit = True
-
-    def on_signal() -> None:
-        if asked.is_set():
-            server.force_exit = True
-        logger.info("ending")
-        asked.set()
-        end("the server is shutting down")
-
-    async def watch_scheduler() -> None:
-        code = await scheduler.wait()
-        await asyncio.sleep(0.2)  # its last message may say why
-        if not asked.is_set():
-            end(f"the scheduler process ended (exit code {code})")
-            logger.error("%s: ending", manager.failure)
-
-    async def receive() -> None:
-        try:
-            await manager.receive_loop()
-        except Exception as error:
-            logger.exception("the receive loop failed: ending")
-            end(f"internal error: {error}")
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    tasks = [asyncio.ensure_future(receive()), asyncio.ensure_future(watch_scheduler())]
-    try:
-        yield asked
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        manager.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from sglang.srt.environ import envs
@@ -16,6 +18,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 logger = logging.getLogger(__name__)
 
+END_SIGNAL = signal.SIGUSR1  # from the parent
 STOP_TIMEOUT = 10.0  # seconds before a process that was asked to end is killed
 
 
@@ -28,13 +31,15 @@ class SchedulerProcess:
         )
 
     def start(self) -> None:
-        # Ctrl-C reaches every process of the terminal; this one is ended by its parent, in order. An
-        # ignored signal stays ignored in the child from its first instruction on.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Ctrl-C and a service manager's SIGTERM reach every process of a group; this one is ended by its
+        # parent, in order. A blocked signal stays blocked in the child from its first instruction on, and
+        # one that comes now waits for the parent.
+        resource_tracker.ensure_running()  # starting it would unblock them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self._process.start()
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @property
     def pid(self) -> int | None:
@@ -58,7 +63,8 @@ class SchedulerProcess:
         """Ends the process, gently first."""
         if self._process.pid is None:
             return
-        self._process.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, END_SIGNAL)
         self._process.join(STOP_TIMEOUT)
         if self._process.is_alive():
             logger.warning("the scheduler (pid %d) did not end in %.0f s: killing it", self.pid, STOP_TIMEOUT)
@@ -67,7 +73,7 @@ class SchedulerProcess:
 
 
 def _scheduler_main(server_args: ServerArgs, port_args: PortArgs) -> None:
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(END_SIGNAL, _end)
     configure_logging(server_args.log_level, "scheduler")
     threading.Thread(target=_end_with_parent, args=(port_args,), name="parent-watch", daemon=True).start()
     envs.validate()

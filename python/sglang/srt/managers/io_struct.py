@@ -178,6 +178,11 @@ class SchedulerReady(msgspec.Struct, tag=True):
     max_total_num_tokens: int
     max_req_input_len: int  # a longer prompt is refused
     context_length: int
+    vocab_size: int  # the model's; the tokenizer's may be smaller
+
+
+class Heartbeat(msgspec.Struct, tag=True):
+    """The scheduler process lives, whatever its step is doing."""
 
 
 class SchedulerFailed(msgspec.Struct, tag=True):
@@ -188,5 +193,10 @@ class SchedulerFailed(msgspec.Struct, tag=True):
 
 ToScheduler = BatchTokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq
 FromScheduler = (
-    BatchOutput | FlushCacheReqOutput | GetInternalStateReqOutput | SchedulerReady | SchedulerFailed
+    BatchOutput
+    | FlushCacheReqOutput
+    | GetInternalStateReqOutput
+    | SchedulerReady
+    | SchedulerFailed
+    | Heartbeat
 )

@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 from transformers import PreTrainedTokenizerBase
 
 from sglang.srt.errors import RequestError
+from sglang.srt.managers.io_struct import SchedulerReady
 
 SHORT_TEXTS = 1 << 10  # characters of a whole request that are encoded at once on the event loop
 PIECE = 1 << 16  # characters in one call of a thread
@@ -21,9 +22,8 @@ class PromptEncoder:
     """Encodes and checks the prompts of a request, which waits for each of its pieces: two requests with
     much to encode take turns, and one whose client has left stops at its next piece."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, threads: Executor) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, threads: Executor) -> None:
         self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
         self._threads = threads
         # No token stands for more characters than it is written with.
         self._longest_token = max(map(len, tokenizer.get_vocab()))
@@ -31,15 +31,16 @@ class PromptEncoder:
     async def encode(
         self,
         prompts: Sequence[str | list[int]],
-        max_tokens: int | None,
+        limits: SchedulerReady | None,
         param: str,
         add_special_tokens: bool = True,
     ) -> list[list[int]]:
-        """Each prompt's tokens. Raises RequestError (400) where `param` holds one that is empty, too long for
-        `max_tokens`, or has a token that the model lacks; with None nothing is refused."""
-        for prompt in prompts if max_tokens is not None else ():
-            if isinstance(prompt, str) and len(prompt) > max_tokens * self._longest_token:
-                message = f"{param} has {len(prompt)} characters, which are more than {max_tokens} tokens"
+        """Each prompt's tokens. Raises RequestError (400) where `param` holds one that is empty, too long, or
+        has a token that the model lacks; without limits nothing is refused."""
+        for prompt in prompts if limits is not None else ():
+            longest = limits.max_req_input_len
+            if isinstance(prompt, str) and len(prompt) > longest * self._longest_token:
+                message = f"{param} has {len(prompt)} characters, which are more than {longest} tokens"
                 raise RequestError.bad(message, param)
         encoded: list[list[int]] = []
         unchecked = 0
@@ -49,12 +50,12 @@ class PromptEncoder:
             for prompt in piece if on_loop else ():
                 encoded.append(self._encode(prompt, add_special_tokens))
             if not on_loop:
-                if max_tokens is not None and characters > FIRST_LOOK:
-                    await self._look(piece[0], max_tokens, param)
+                if limits is not None and characters > FIRST_LOOK:
+                    await self._look(piece[0], limits.max_req_input_len, param)
                 encoded += await self._in_thread(piece, add_special_tokens)
             for ids in encoded[-len(piece) :]:
-                if max_tokens is not None:
-                    self._check(ids, max_tokens, param)
+                if limits is not None:
+                    _check(ids, limits, param)
                 unchecked += len(ids)
             if unchecked > CHECKED_AT_ONCE:
                 unchecked = 0
@@ -83,18 +84,17 @@ class PromptEncoder:
             return prompt
         return self._tokenizer.encode(prompt, add_special_tokens=special)
 
-    def _check(self, ids: list[int], max_tokens: int, param: str) -> None:
-        if not ids:
-            raise RequestError.bad(f"{param} must hold at least one token", param)
-        for token in (min(ids), max(ids)):
-            if not 0 <= token < self._vocab_size:
-                raise RequestError.bad(
-                    f"{param} holds token {token}, which is not in [0, {self._vocab_size})", param
-                )
-        if len(ids) > max_tokens:
-            raise RequestError.bad(
-                f"{param} has {len(ids)} tokens, more than the longest prompt of {max_tokens}", param
-            )
+
+def _check(ids: list[int], limits: SchedulerReady, param: str) -> None:
+    if not ids:
+        raise RequestError.bad(f"{param} must hold at least one token", param)
+    vocab_size, longest = limits.vocab_size, limits.max_req_input_len
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < vocab_size:
+            raise RequestError.bad(f"{param} holds token {token}, which is not in [0, {vocab_size})", param)
+    if len(ids) > longest:
+        message = f"{param} has {len(ids)} tokens, more than the longest prompt of {longest}"
+        raise RequestError.bad(message, param)
 
 
 def _pieces(prompts: Sequence[str | list[int]]) -> Iterator[Sequence[str | list[int]]]:

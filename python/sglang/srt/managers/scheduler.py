@@ -10,6 +10,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.managers.heartbeat import HeartbeatSender
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchOutput,
@@ -69,6 +70,11 @@ class Scheduler:
         )
         self.max_total_num_tokens = worker.num_pages * worker.page_size
         self.max_req_input_len = min(worker.context_len - 1, self.max_total_num_tokens - worker.lookahead)
+        if self.max_req_input_len < 1:
+            raise ValueError(
+                f"--max-total-tokens {self.max_total_num_tokens} holds no request: a step writes "
+                f"{worker.lookahead} tokens beside the prompt"
+            )
         self.chunked_prefill_size = server_args.chunked_prefill_size
         self.stops = StopChecker(worker.eos_token_ids, worker.context_len, tokenizer)
         self.seeds = random.Random(server_args.random_seed)
@@ -116,7 +122,12 @@ class Scheduler:
     # Messages
 
     def ready(self) -> SchedulerReady:
-        return SchedulerReady(self.max_total_num_tokens, self.max_req_input_len, self.worker.context_len)
+        return SchedulerReady(
+            self.max_total_num_tokens,
+            self.max_req_input_len,
+            self.worker.context_len,
+            self.worker.vocab_size,
+        )
 
     def add_requests(self, message: BatchTokenizedGenerateReqInput) -> None:
         for request in message.unpack():
@@ -399,16 +410,20 @@ def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:
     """
     from sglang.srt.managers.worker_factory import create_worker  # imports the models
 
-    link = ZmqLink(port_args)
+    link, scheduler = ZmqLink(port_args), None
     try:
         tokenizer = load_tokenizer(server_args.tokenizer_path)
         scheduler = Scheduler(server_args, create_worker(server_args), link, tokenizer)
+        HeartbeatSender(port_args).start()
         link.send(scheduler.ready())
         scheduler.run()
     except ParentDied as error:
         logger.error("the scheduler ends: %s", error)
     except Exception as error:
-        logger.exception("the scheduler ends")
-        link.send(SchedulerFailed(f"{type(error).__name__}: {error}"))
+        # Before the first request these say what a user gave that cannot be; anything else is a bug.
+        expected = scheduler is None and isinstance(error, (ValueError, OSError))
+        if not expected:
+            logger.exception("the scheduler ends")
+        link.send(SchedulerFailed(str(error) if expected else f"{type(error).__name__}: {error}"))
         link.close()
     sys.exit(1)

@@ -47,6 +47,9 @@ T = TypeVar("T")
 
 THREADS = 2  # for what would hold up the event loop
 CONTROL_TIMEOUT = 60.0  # seconds; the scheduler answers between two steps
+STATE_TIMEOUT = 5.0
+SILENCE_TIMEOUT = 5.0  # seconds without a sign of life from the scheduler
+MAX_TOKEN_TEXTS = 1 << 17
 RID_TIMEOUT = 1.0  # seconds; a client that comes back may be faster than the end of its old connection
 
 
@@ -112,22 +115,23 @@ class TokenizerManager:
         self,
         port_args: PortArgs,
         tokenizer: PreTrainedTokenizerBase,
-        vocab_size: int,
         metrics: ServerMetrics,
     ) -> None:
         self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
         self.metrics = metrics
         self.started = time.time()
         self.limits: SchedulerReady | None = None  # known when the scheduler is ready
         self.failure: RequestError | None = None  # set when nothing can be served any more
+        self.draining: RequestError | None = None  # set when nothing new is begun
+        self._heard_at = time.monotonic()  # the scheduler's last sign of life
+        self._last_state: dict[str, Any] = {}
         self._running: dict[str, SequenceState] = {}  # by the server's own rid
         self._named: defaultdict[str, set[str]] = defaultdict(set)  # a client's rid -> the server's
         self._answers: dict[str, asyncio.Future[Any]] = {}
         self._ready: asyncio.Future[SchedulerReady] = asyncio.get_running_loop().create_future()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="work")
-        self.token_text = functools.lru_cache(vocab_size)(lambda token_id: tokenizer.decode([token_id]))
-        self._encoder = PromptEncoder(tokenizer, vocab_size, self._threads)
+        self.token_text = functools.lru_cache(MAX_TOKEN_TEXTS)(lambda token_id: tokenizer.decode([token_id]))
+        self._encoder = PromptEncoder(tokenizer, self._threads)
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromScheduler).decode
         # Queues are unbounded: a send must neither block the loop nor lose a message.
@@ -146,7 +150,7 @@ class TokenizerManager:
         self, prompts: Sequence[str | list[int]], param: str, add_special_tokens: bool = True
     ) -> list[list[int]]:
         """Each prompt's tokens. Raises RequestError (400) that names `param` where one cannot be served."""
-        return await self._encoder.encode(prompts, self.max_req_input_len, param, add_special_tokens)
+        return await self._encoder.encode(prompts, self._limits(), param, add_special_tokens)
 
     async def tokenize(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """As they are, whether or not they can be served."""
@@ -165,7 +169,7 @@ class TokenizerManager:
         `names` translates parameters to what the client calls them: its keys are SamplingParams' fields
         and `input_ids`.
         """
-        longest = self.max_req_input_len
+        longest = self._limits().max_req_input_len
         room = longest + 1 - length  # the last token that is generated needs no place in the cache
         if has_limit and params.max_new_tokens > room:
             prompt, limit = (names.get(name, name) for name in ("input_ids", "max_new_tokens"))
@@ -194,6 +198,8 @@ class TokenizerManager:
         """
         await self._wait_for_names({name for own in names for name in own})
         self._check_alive()
+        if self.draining is not None:
+            raise self.draining
         events: asyncio.Queue[Any] = asyncio.Queue()
         states = [
             SequenceState(
@@ -244,7 +250,7 @@ class TokenizerManager:
         states = [self._running[rid] for rid in rids]
         if states:
             self._send(AbortReq(rids))
-            await self._within_timeout(asyncio.gather(*(state.ended.wait() for state in states)))
+            await self._within(asyncio.gather(*(state.ended.wait() for state in states)), CONTROL_TIMEOUT)
         return len(states)
 
     def _forget(self, rid: str) -> SequenceState:
@@ -256,15 +262,21 @@ class TokenizerManager:
         state.ended.set()
         return state
 
+    def _limits(self) -> SchedulerReady:
+        assert self.limits is not None, "the server serves after the scheduler is ready"
+        return self.limits
+
     @property
-    def max_req_input_len(self) -> int:
-        assert self.limits is not None, "the server listens after the scheduler is ready"
-        return self.limits.max_req_input_len
+    def vocab_size(self) -> int:
+        return self._limits().vocab_size
 
     @property
     def context_length(self) -> int:
-        assert self.limits is not None, "the server listens after the scheduler is ready"
-        return self.limits.context_length
+        return self._limits().context_length
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     # -- control ----------------------------------------------------------------------------------------
 
@@ -273,24 +285,32 @@ class TokenizerManager:
         return await self._ask(request_id, FlushCacheReqInput(request_id))
 
     async def internal_state(self) -> dict[str, Any]:
+        """The scheduler's; where it does not answer, the last that is known."""
         request_id = new_rid()
-        answer: GetInternalStateReqOutput = await self._ask(request_id, GetInternalStateReq(request_id))
-        return answer.internal_state
+        silent = time.monotonic() - self._heard_at > SILENCE_TIMEOUT
+        try:
+            timeout = 0.0 if silent else STATE_TIMEOUT
+            answer = await self._ask(request_id, GetInternalStateReq(request_id), timeout)
+            self._last_state = answer.internal_state
+        except RequestError:
+            pass
+        return self._last_state
 
-    async def _ask(self, request_id: str, message: ToScheduler) -> Any:
+    async def _ask(self, request_id: str, message: ToScheduler, timeout: float = CONTROL_TIMEOUT) -> Any:
         self._check_alive()
         self._answers[request_id] = asyncio.get_running_loop().create_future()
         try:
             self._send(message)
-            return await self._within_timeout(self._answers[request_id])
+            return await self._within(self._answers[request_id], timeout)
         finally:
             del self._answers[request_id]
 
-    async def _within_timeout(self, answer: Awaitable[T]) -> T:
+    @staticmethod
+    async def _within(answer: Awaitable[T], timeout: float) -> T:
         try:
-            return await asyncio.wait_for(answer, CONTROL_TIMEOUT)
+            return await asyncio.wait_for(answer, timeout)
         except asyncio.TimeoutError:
-            raise RequestError(503, f"the scheduler did not answer within {CONTROL_TIMEOUT:.0f} s") from None
+            raise RequestError(503, f"the scheduler did not answer within {timeout:.0f} s") from None
 
     # -- the scheduler ----------------------------------------------------------------------------------
 
@@ -299,9 +319,25 @@ class TokenizerManager:
         self.limits = await asyncio.shield(self._ready)
         return self.limits
 
+    def check_health(self) -> None:
+        """Raises RequestError (503) where nothing is served, or nothing new."""
+        self._check_alive()
+        if self.draining is not None:
+            raise self.draining
+        silence = time.monotonic() - self._heard_at
+        if silence > SILENCE_TIMEOUT:
+            raise RequestError(503, f"the scheduler has given no sign of life for {silence:.0f} s")
+
     def _check_alive(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+    async def drain(self, message: str, timeout: float) -> None:
+        """Nothing new is begun; returns when all that runs has finished, or after the timeout in seconds."""
+        self.draining = RequestError(503, message)
+        deadline = time.monotonic() + timeout
+        while self._running and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
 
     def fail(self, message: str) -> None:
         """Nothing can be served any more: everybody who waits is told, and so is who comes later."""
@@ -317,6 +353,7 @@ class TokenizerManager:
         """Runs for the life of the process."""
         while True:
             message = self._decode(await self._from_scheduler.recv())
+            self._heard_at = time.monotonic()
             match message:
                 case BatchOutput(outputs=outputs):
                     for output in outputs:

@@ -16,6 +16,8 @@ def create_worker(server_args: ServerArgs) -> GenerationWorker:
     dtype = server_args.dtype
     if dtype == "auto" and server_args.device == "cpu":
         dtype = "float32"  # what CPUs without bfloat16 units compute fastest
+    if server_args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; --device cpu runs anywhere")
     config = ModelConfig.from_path(
         server_args.model_path, server_args.context_length, dtype, server_args.device
     )

@@ -1,0 +1,74 @@
+"""Connections: how many there may be, and how long one may take to say what it wants."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import time
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+logger = logging.getLogger(__name__)
+
+HEADER_TIMEOUT = 10.0  # seconds from a connection, or its last answer, to the end of the next request's head
+MAX_CONNECTIONS = 4096
+ACCEPTED_AT_ONCE = 64  # connections taken from the kernel before one that is too many is closed
+OTHER_FILES = 64  # descriptors that the process needs beside its connections
+QUIET_S = 60.0  # seconds between two lines about the same
+
+
+def max_connections() -> int:
+    """As many as the process's limit of open files has room for, after raising that as far as allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + ACCEPTED_AT_ONCE + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        wanted = raised
+    return max(1, wanted - ACCEPTED_AT_ONCE - OTHER_FILES)
+
+
+class BoundedProtocol(H11Protocol):
+    """HTTP/1.1 that hangs up on whoever is one too many, or does not say what it wants."""
+
+    limit = MAX_CONNECTIONS
+    header_timeout = HEADER_TIMEOUT
+    last_warning = -QUIET_S
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.limit:
+            self._warn()
+            transport.abort()
+            return
+        self._wait_for_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self._wait_for_request()
+        super().on_response_complete()
+
+    def _wait_for_request(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self.loop.call_later(self.header_timeout, self._hang_up_unless_asked)
+
+    def _hang_up_unless_asked(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+    def _warn(self) -> None:
+        now = time.monotonic()
+        if now - BoundedProtocol.last_warning >= QUIET_S:
+            BoundedProtocol.last_warning = now
+            logger.warning("more than %d connections: those above are closed", self.limit)
