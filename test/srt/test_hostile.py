@@ -193,3 +193,64 @@ def test_prompt_logprobs_are_sent_once(client: httpx.Client) -> None:
         assert [name in meta for meta in metas] == [True] + [False] * (len(metas) - 1)
         assert len(metas[0][name]) == len(whole[name]) == len(ids)
     assert [len(meta["output_token_logprobs"]) for meta in metas] == [m["completion_tokens"] for m in metas]
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
+)
+def test_only_json_is_taken(client: httpx.Client, kind: str | None) -> None:
+    """Bug: any web page could drive a local server with a simple request."""
+    headers = {} if kind is None else {"content-type": kind}
+    for path in (GENERATE, COMPLETIONS, CHAT, "/abort_request"):
+        response = client.post(path, content=b'{"text": "hi"}', headers=headers)
+        assert response.status_code == 415 and "application/json" in response.json()["error"]["message"]
+    for kind in ("application/json; charset=utf-8", "Application/JSON"):
+        response = client.post(GENERATE, content=json.dumps(params()), headers={"content-type": kind})
+        assert response.status_code == 200
+
+
+def test_no_redirect_to_a_foreign_host(client: httpx.Client) -> None:
+    headers = JSON | {"host": "evil.example"}
+    response = client.post(GENERATE + "/", content=b"{}", headers=headers, follow_redirects=False)
+    assert response.status_code == 404 and "location" not in response.headers
+
+
+def test_cors_as_in_sglang(client: httpx.Client) -> None:
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    response = client.options(GENERATE, headers={"origin": "http://page.example"} | asked)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] in ("*", "http://page.example")
+
+
+FORGED = "x\r\n[12:00:00 http] ERROR forged \x1b[31m\u202e"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{FORGED: 1}, {"model": FORGED + ":"}, {"temperature": FORGED}, {"max_tokens": {FORGED: 2}}],
+    ids=["name", "model", "value", "member"],
+)
+def test_control_characters_are_escaped(server: RunningServer, body: dict[str, Any]) -> None:
+    """Bug: names and values went into answers and log lines as they were."""
+    with server.client() as client:
+        answer = client.post(CHAT, json=chat() | body).json()
+    if "error" in answer:
+        assert answer["error"]["message"].isprintable() and (answer["error"]["param"] or "").isprintable()
+    assert (
+        "\x1b" not in server.log.read_text()
+        and "\n[12:00:00 http] ERROR forged" not in server.log.read_text()
+    )
+
+
+def test_null_and_wide_seeds_are_taken(client: httpx.Client) -> None:
+    for seed in (-1, 2**63, 2**64 - 1):
+        body = params(seed=seed) | {"stream": None, "rid": None}
+        assert client.post(GENERATE, json=body).status_code == 200
+
+
+def test_errors_name_the_users_field(client: httpx.Client) -> None:
+    """Bug: paths held names of classes."""
+    for field, value in (("n", 0), ("stop_token_ids", ["x"]), ("top_p", 7), ("nonsense", 1), ("n", "x")):
+        error = client.post(GENERATE, json=params(**{field: value})).json()["error"]
+        assert error["param"].startswith(f"sampling_params.{field}"), error
+        assert "Generate" not in error["message"], error

@@ -50,7 +50,9 @@ def check_api_key(server: RunningServer) -> None:
             assert response.status_code == 401 and response.json()["error"]["type"] == "authentication_error"
         for path in ("/health", "/metrics"):
             assert client.get(path).status_code == 200
-        headers = {"Authorization": "Bearer secret"}
+        for scheme in ("bearer", "BEARER", "Bearer"):
+            headers = {"Authorization": f"{scheme} secret"}
+            assert client.get("/v1/models", headers=headers).status_code == 200
         body = {"prompt": "x", "max_tokens": 2}
         assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
         info = client.get("/get_server_info", headers=headers).text

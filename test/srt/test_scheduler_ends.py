@@ -10,6 +10,7 @@ from history_worker import HistoryWorker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_harness import Harness, greedy, prompt_of
+from sglang.srt.managers.detokenizer import OutputText
 from sglang.srt.managers.io_struct import (
     AbortReq,
 )
@@ -72,6 +73,43 @@ def test_stop_strings_are_found_where_the_whole_text_has_them(
     assert ended_at == (None if at < 0 else len((text[:at] + stop).encode()))
 
 
+SPECIAL_STOPS = [  # (tokens, stop, special tokens hidden) -> tokens until the stop, text
+    ("a<s>b", "ab", True, 3, ""),
+    ("a<s>b", "ab", False, None, "a<s>b"),
+    ("a<s>b", "<s>", True, 2, "a"),
+    ("a<s>b", "<s>", False, 2, "a"),
+    ("a<s>b", "a<s>", True, None, "ab"),
+    ("a<s>b", "a<s>", False, 2, ""),
+    ("xab", "b", True, 3, "xa"),
+]
+
+
+@pytest.mark.parametrize(("text", "stop", "hidden", "count", "shown"), SPECIAL_STOPS)
+def test_stops_are_judged_in_the_text_that_the_client_gets(
+    dummy_model: Path, text: str, stop: str, hidden: bool, count: int | None, shown: str
+) -> None:
+    """Bug: the scheduler looked at special tokens that the detokenizer hid, so one stopped where the other
+    did not cut, or cut where the other went on."""
+    tokenizer = load_tokenizer(str(dummy_model))
+    special = tokenizer.all_special_ids[0]
+    text, stop = (one.replace("<s>", tokenizer.all_special_tokens[0]) for one in (text, stop))
+    shown = shown.replace("<s>", tokenizer.all_special_tokens[0])
+    params = SamplingParams(stop=(stop,), skip_special_tokens=hidden)
+    checker, output = StopChecker(frozenset(), 1000, tokenizer), OutputText(tokenizer, params)
+    req, given, ended_at = Req("r", [1], params, seed=0), "", None
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert special in ids or "<" not in text
+    for i, token in enumerate(ids):
+        req.output_ids.append(token)
+        reason = checker.check(req)
+        last = i == len(ids) - 1
+        given += output.feed([token], reason or ({"type": "length"} if last else None))
+        if reason is not None:
+            ended_at = len(req.output_ids)
+            break
+    assert (ended_at, given) == (count, shown)
+
+
 # Errors
 
 
@@ -109,6 +147,9 @@ def test_bad_requests_are_refused(prompt: list[int], options: dict[str, Any], me
 class PoisonousTokenizer:
     """Fails on one token."""
 
+    all_special_ids: tuple[int, ...] = ()
+    all_special_tokens: tuple[str, ...] = ()
+
     def __init__(self, poison: int) -> None:
         self.poison = poison
 
@@ -130,6 +171,32 @@ def test_a_poisonous_request_ends_alone() -> None:
     }
     assert harness.results[good].output_ids == greedy(prompt_of(6, 2), 8)
     assert harness.run(prompt_of(6, 3)).output_ids == greedy(prompt_of(6, 3), 8)
+
+
+def test_an_error_while_a_request_is_admitted_ends_it_alone() -> None:
+    """Bug: a temperature beyond float32 raised where the request's row is written, and the server exited."""
+    harness = Harness(HistoryWorker(lookahead=3))
+    write = harness.scheduler.memory._write_state
+
+    def fail_for_hot(req: Req) -> None:
+        if req.sampling_params.temperature == 7:
+            raise OverflowError("value cannot be converted to type float without overflow")
+        write(req)
+
+    harness.scheduler.memory._write_state = fail_for_hot
+    good, bad = harness.send(prompt_of(30, 2)), harness.send(prompt_of(30, 1), temperature=7.0)
+    last = harness.send(prompt_of(30, 3))
+    harness.finish()
+    assert harness.results[bad].finish_reason["status_code"] == 500
+    for rid, seed in ((good, 2), (last, 3)):
+        assert harness.results[rid].output_ids == greedy(prompt_of(30, seed), 8)
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63, 2**64 - 1])
+def test_seeds_of_64_bits(seed: int) -> None:
+    """Bug: negative ones, and those of 2**63 and above, were refused."""
+    results = [Harness().run(prompt_of(5), temperature=1.0, seed=one).output_ids for one in (seed, seed)]
+    assert results[0] == results[1]
 
 
 def test_an_engine_wide_error_is_not_swallowed() -> None:

@@ -81,23 +81,27 @@ STATE_SERIES = (
 
 
 class TokenRate:
-    """Generated tokens per second over the last `window` seconds."""
+    """Generated tokens per second, while there was something to generate, in the last `window` seconds."""
 
     def __init__(self, window: float = 10.0) -> None:
         self._window = window
-        self._events: deque[tuple[float, int]] = deque()
-        self._start = time.perf_counter()
+        self._events: deque[tuple[float, int, float]] = deque()  # when, tokens, seconds that they took
+        self._last = 0.0
+
+    def begin(self) -> None:
+        """A first request runs: the time before it was idle."""
+        self._last = time.perf_counter()
 
     def add(self, tokens: int) -> None:
         now = time.perf_counter()
-        self._events.append((now, tokens))
+        self._events.append((now, tokens, now - self._last))
+        self._last = now
         self._forget(now)
 
     def value(self) -> float:
-        now = time.perf_counter()
-        self._forget(now)
-        span = min(self._window, max(now - self._start, 1e-3))
-        return sum(tokens for _, tokens in self._events) / span
+        self._forget(time.perf_counter())
+        seconds = sum(seconds for _, _, seconds in self._events)
+        return sum(tokens for _, tokens, _ in self._events) / max(seconds, 1e-3)
 
     def _forget(self, now: float) -> None:
         while self._events and self._events[0][0] < now - self._window:

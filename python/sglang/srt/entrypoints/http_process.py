@@ -63,7 +63,7 @@ def launch_server(args: ServerArgs) -> int:
         scheduler = SchedulerProcess(args, ports)
         scheduler.start()
         logger.info("loading %s on %s (scheduler: pid %d)", args.model_path, args.device, scheduler.pid)
-        tokenizer = _load_tokenizer(args.tokenizer_path)
+        tokenizer = _load_tokenizer(args)
         return asyncio.run(_serve(args, ports, scheduler, listener, tokenizer))
     except (StartError, ValueError) as error:
         logger.error("the server cannot start: %s", error)
@@ -94,10 +94,17 @@ def listen(args: ServerArgs) -> socket.socket:
     return listener
 
 
-def _load_tokenizer(path: str) -> Any:
+def _load_tokenizer(args: ServerArgs) -> Any:
+    path = args.tokenizer_path
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the library raises all kinds where a file is wrong
+        from sglang.srt.model_config import ModelConfig  # imports torch
+
+        try:
+            ModelConfig.from_path(args.model_path)  # names the file and the key where that is what is wrong
+        except (ValueError, OSError) as better:
+            raise StartError(str(better)) from error
         raise StartError(f"--tokenizer-path {path}: no tokenizer could be loaded: {error}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from sglang.srt.managers.stop_checker import find_stop
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"  # what a decoder puts for bytes that are not, or not yet, UTF-8
@@ -82,10 +83,11 @@ class OutputText:
             self._mark(len(ids) - len(shown))
             if self._offsets:  # half a character that nothing completes
                 self._offsets[-1] = self._given + len(self._held)
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = find_stop(self._held, self._stops)
         if finish_reason is not None:
-            return self._held[: min(found, default=None)]
-        cut = min(found, default=len(self._held) - self._may_become_stop())
+            # The scheduler judges what a stop is; without its word a stop string is text.
+            return self._held[: found[0] if found and isinstance(matched, str) else None]
+        cut = found[0] if found else len(self._held) - self._may_become_stop()
         given, self._held = self._held[:cut], self._held[cut:]
         self._given += cut
         return given

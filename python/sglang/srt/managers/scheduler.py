@@ -106,11 +106,18 @@ class Scheduler:
         """Receive, schedule, forward, process, send. Waits for a message when there is nothing to do."""
         for message in self.link.receive(block=self.is_idle):
             self.handle(message)
+        start = time.perf_counter()
+        output: StepOutput | None = None
         if chunks := self.schedule_prefill():
-            self.process_prefill(chunks, self.worker.prefill(chunks))
+            output = self.worker.prefill(chunks)
+            self.process_prefill(chunks, output)
         elif reqs := self.schedule_decode():
-            self.process_decode(reqs, self.worker.decode(reqs))
+            output = self.worker.decode(reqs)
+            self.process_decode(reqs, output)
         self.send_outputs()
+        if output is not None:
+            seconds = time.perf_counter() - start
+            self.throughput.add(sum(map(len, output.tokens)), seconds, len(self.running), len(self.waiting))
 
     @property
     def is_idle(self) -> bool:
@@ -312,7 +319,6 @@ class Scheduler:
             req.kv_len += len(output.tokens[i])
             req.spec_verify_ct += self.speculates
             self.append_tokens(req, output.tokens[i], output.logprobs and output.logprobs[i])
-        self.throughput.add(sum(map(len, output.tokens)), len(reqs), len(self.waiting))
 
     def append_tokens(self, req: Req, tokens: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """Takes tokens up to the first that ends the request; what was speculated beyond it is dropped."""
@@ -380,20 +386,21 @@ def next_chunk(req: Req, budget: int) -> PrefillChunk:
 
 
 class Throughput:
-    """Generated tokens per second over the last window."""
+    """Generated tokens per second of work, over a window of it."""
 
     def __init__(self) -> None:
         self.tokens_per_second = 0.0
         self._tokens = 0
-        self._start = time.perf_counter()
+        self._seconds = 0.0
 
-    def add(self, tokens: int, running: int, waiting: int) -> None:
+    def add(self, tokens: int, seconds: float, running: int, waiting: int) -> None:
+        """What a step of so many seconds generated."""
         self._tokens += tokens
-        elapsed = time.perf_counter() - self._start
-        if elapsed < THROUGHPUT_WINDOW_S:
+        self._seconds += seconds
+        if self._seconds < THROUGHPUT_WINDOW_S:
             return
-        self.tokens_per_second = self._tokens / elapsed
-        self._tokens, self._start = 0, time.perf_counter()
+        self.tokens_per_second = self._tokens / self._seconds
+        self._tokens, self._seconds = 0, 0.0
         logger.info("decode: %d running, %d waiting, %.1f tokens/s", running, waiting, self.tokens_per_second)
 
 
@@ -412,8 +419,8 @@ def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:
 
     link, scheduler = ZmqLink(port_args), None
     try:
-        tokenizer = load_tokenizer(server_args.tokenizer_path)
-        scheduler = Scheduler(server_args, create_worker(server_args), link, tokenizer)
+        worker = create_worker(server_args)  # first: it says best what is wrong with the model's files
+        scheduler = Scheduler(server_args, worker, link, load_tokenizer(server_args.tokenizer_path))
         HeartbeatSender(port_args).start()
         link.send(scheduler.ready())
         scheduler.run()

@@ -212,6 +212,8 @@ class TokenizerManager:
             for index, (r, own) in enumerate(zip(requests, names, strict=True))
         ]
         self._send(BatchTokenizedGenerateReqInput.pack(requests))
+        if not self._running:
+            self.metrics.rate.begin()
         for state in states:
             self._running[state.request.rid] = state
             for name in state.names:
