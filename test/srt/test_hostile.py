@@ -250,7 +250,7 @@ def test_null_and_wide_seeds_are_taken(client: httpx.Client) -> None:
 
 def test_errors_name_the_users_field(client: httpx.Client) -> None:
     """Bug: paths held names of classes."""
-    for field, value in (("n", 0), ("stop_token_ids", ["x"]), ("top_p", 7), ("nonsense", 1), ("n", "x")):
-        error = client.post(GENERATE, json=params(**{field: value})).json()["error"]
-        assert error["param"].startswith(f"sampling_params.{field}"), error
+    for name, value in (("n", 0), ("stop_token_ids", ["x"]), ("top_p", 7), ("nonsense", 1), ("n", "x")):
+        error = client.post(GENERATE, json=params(**{name: value})).json()["error"]
+        assert error["param"].startswith(f"sampling_params.{name}"), error
         assert "Generate" not in error["message"], error

@@ -25,6 +25,7 @@ class StreamOptions(Body):
 
 
 class OpenAIRequest(SamplingBody):
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # OpenAI's limits
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
     rid: Rid | None = None
     stream: bool | None = None
