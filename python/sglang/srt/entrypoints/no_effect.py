@@ -104,7 +104,7 @@ CHAT: dict[str, Values] = OPENAI | {
     "audio": (),
     "prediction": (),
     "moderation": (),
-    "reasoning_effort": ("none",),
+    "reasoning_effort": ("none", "medium"),
     "verbosity": (),
     "web_search_options": (),
     "store": (),
@@ -137,7 +137,7 @@ MESSAGE: dict[str, Values] = {
 TOKENIZE: dict[str, Values] = {
     "tools": (),
     "tool_choice": ("none", "auto"),
-    "reasoning_effort": ("none",),
+    "reasoning_effort": ("none", "medium"),
     "continue_final_message": (),
     "chat_template_kwargs": (),
 }
