@@ -145,9 +145,10 @@ def guidellm(url: str, work: Path, path: str) -> Callable[[], str]:
             *("--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16"),
         )
         totals = json.loads(report.read_text())["benchmarks"][0]["metrics"]["request_totals"]
-        if totals["successful"] != 8 or totals["errored"]:
+        # It may leave the last one out of its figures, when it has what it needs.
+        if totals["successful"] < 7 or totals["errored"] or totals["incomplete"]:
             raise Failed(str(totals))
-        return "8 of 8 requests"
+        return f"{totals['successful']} requests, none failed"
 
     return run
 
