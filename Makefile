@@ -12,6 +12,7 @@ HOST   ?= 127.0.0.1
 PORT   ?= 30000
 STEPS  ?= 4
 ARGS   ?=
+JOBS   ?= 2
 
 KERNEL_SOURCES := $(shell find sgl-kernel -path 'sgl-kernel/build*' -prune -o -type f \
 	\( -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name CMakeLists.txt -o -name '*.py' -o -name pyproject.toml \) -print)
@@ -44,9 +45,10 @@ serve: setup
 		--model-path $(MODEL) --served-model-name $(notdir $(MODEL)) --host $(HOST) --port $(PORT) \
 		--speculative-algorithm NEXTN --speculative-num-steps $(STEPS) $(ARGS)
 
-# One thread for each test process: the suite's servers and workers share the machine.
+# Two processes, each with whole files, so that fixtures are made once; one thread in each, since their servers and
+# workers share the machine. JOBS=0: all in one process, for -s or a debugger.
 test: setup $(VENV)/.emulation
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-page: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs test/page $(ARGS)

@@ -38,6 +38,7 @@ from tokenizers import Tokenizer
 
 logger = logging.getLogger("train_tiny_nsa")
 NEW_TOKENS = 128  # decoded per prompt for the accept length
+QUICK_NEW_TOKENS = 32
 SAMPLE_PROMPT = "def main():\n    import argparse\n    parser = argparse.ArgumentParser()\n"
 
 
@@ -62,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(
-    out: Path, tokenizer: Tokenizer, held_out: torch.Tensor, prompts: list[dict[str, object]]
+    out: Path, tokenizer: Tokenizer, held_out: torch.Tensor, prompts: list[dict[str, object]], new_tokens: int
 ) -> dict:
     """The figures of the saved checkpoint, in float32 with its BF16 weights."""
     device = held_out.device
@@ -79,15 +80,15 @@ def measure(
         for row in ids
         if len(row) >= min(PROMPT_LENGTHS)
     ]
-    for rule, value in accept_length(model, ids, NEW_TOKENS, DRAFT_STEPS, ("step", "committed")).items():
+    for rule, value in accept_length(model, ids, new_tokens, DRAFT_STEPS, ("step", "committed")).items():
         figures[f"accept_length_{rule}"] = value
     figures = {name: round(value, 4) for name, value in figures.items()}
-    how = f"{NEW_TOKENS} new tokens for each of the {len(ids)} prompts of `held_out.jsonl`"
+    how = f"{new_tokens} new tokens for each of the {len(ids)} prompts of `held_out.jsonl`"
     sample = torch.tensor([tokenizer.encode(SAMPLE_PROMPT).ids], device=device)
     return {
         **figures,
         "accept_length_prompts": how,
-        "sample": tokenizer.decode(generate(model, sample, 96)[0].tolist()),
+        "sample": tokenizer.decode(generate(model, sample, min(96, new_tokens))[0].tolist()),
     }
 
 
@@ -140,7 +141,8 @@ def main() -> None:
     save_model(model, config, args.out)
     save_curve(trainer.history, args.out / "loss.png")
 
-    figures = measure(args.out, tokenizer, held_out[: 20_000 if args.quick else None], prompts)
+    read, new_tokens = (20_000, QUICK_NEW_TOKENS) if args.quick else (None, NEW_TOKENS)
+    figures = measure(args.out, tokenizer, held_out[:read], prompts, new_tokens)
     record = {
         "figures": figures,
         "windows": "all windows",

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
-START_TIMEOUT = 120.0
+START_TIMEOUT = 300.0
 MODEL_NAME = "dummy"
 SPECULATIVE_FLAGS = ("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "3")
 
