@@ -28,6 +28,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, Req, StepOutput, wrap_int64
 from sglang.srt.managers.scheduler_link import ParentDied, SchedulerLink, ZmqLink, aborted
 from sglang.srt.managers.stop_checker import StopChecker
+from sglang.srt.managers.throughput import Throughput
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 from sglang.srt.mem_cache.request_memory import RequestMemory
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_PREFILL_TOKENS = 16384  # of several prompts in one pass where prompts are not cut into chunks
-THROUGHPUT_WINDOW_S = 2.0
 
 PageKey = tuple[TreeNode, tuple[int, ...]]  # a page of the cache: its parent and its key
 
@@ -383,25 +383,6 @@ def next_chunk(req: Req, budget: int) -> PrefillChunk:
     tokens = req.token_ids
     end = min(req.kv_len + budget, len(tokens))
     return PrefillChunk(req, tokens[req.kv_len : end], tokens[end] if end < len(tokens) else None)
-
-
-class Throughput:
-    """Generated tokens per second of work, over a window of it."""
-
-    def __init__(self) -> None:
-        self.tokens_per_second = 0.0
-        self._tokens = 0
-        self._seconds = 0.0
-
-    def add(self, tokens: int, seconds: float, running: int, waiting: int) -> None:
-        """What a step of so many seconds generated."""
-        self._tokens += tokens
-        self._seconds += seconds
-        if self._seconds < THROUGHPUT_WINDOW_S:
-            return
-        self.tokens_per_second = self._tokens / self._seconds
-        self._tokens, self._seconds = 0, 0.0
-        logger.info("decode: %d running, %d waiting, %.1f tokens/s", running, waiting, self.tokens_per_second)
 
 
 def load_tokenizer(tokenizer_path: str) -> PreTrainedTokenizerBase:

@@ -9,9 +9,8 @@ import functools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.detokenizer import OutputText
+from sglang.srt.managers.generation import Event, Generation, SequenceState
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchOutput,
@@ -42,6 +42,8 @@ from sglang.srt.metrics import ABORTED, ServerMetrics
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs
 
+__all__ = ["Event", "Generation", "TokenizerManager"]
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -51,61 +53,6 @@ STATE_TIMEOUT = 5.0
 SILENCE_TIMEOUT = 5.0  # seconds without a sign of life from the scheduler
 MAX_TOKEN_TEXTS = 1 << 17
 RID_TIMEOUT = 1.0  # seconds; a client that comes back may be faster than the end of its old connection
-
-
-@dataclass
-class Event:
-    """What is new of one sequence of a generation."""
-
-    index: int  # which of the generation's requests
-    text: str
-    text_offsets: list[int]  # as OutputText.take_offsets says
-    output: ReqOutput
-
-
-@dataclass
-class SequenceState:
-    """One sequence that the scheduler works on."""
-
-    index: int
-    request: TokenizedGenerateReqInput
-    names: frozenset[str]  # what its client calls it: its rid, and the rid of the request that it is part of
-    text: OutputText
-    events: asyncio.Queue[tuple[SequenceState, ReqOutput] | RequestError]
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    created: float = field(default_factory=time.perf_counter)
-    last_output: float = 0.0
-
-
-class Generation:
-    """The sequences of one HTTP request, running together. Iterate over it once; always close it.
-
-    Closing what is not finished aborts it in the scheduler at once; closing needs no event loop, so it
-    also works while a task is being cancelled.
-    """
-
-    def __init__(self, manager: TokenizerManager, states: Sequence[SequenceState]) -> None:
-        self._manager = manager
-        self._states = {state.request.rid: state for state in states}
-        self._events = states[0].events
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Raises RequestError where a sequence cannot be completed."""
-        while self._states:
-            if self._events.qsize():
-                await asyncio.sleep(0)  # or a queue that is full would hold up everybody else
-            event = await self._events.get()
-            if isinstance(event, RequestError):
-                raise event
-            state, output = event
-            if output.finish_reason is not None:
-                del self._states[output.rid]
-            text = state.text.feed(output.output_ids, output.finish_reason)
-            yield Event(state.index, text, state.text.take_offsets(), output)
-
-    def close(self, outcome: str = "disconnect") -> None:
-        self._manager.drop(list(self._states), outcome)
-        self._states.clear()
 
 
 class TokenizerManager:
