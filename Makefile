@@ -17,7 +17,7 @@ JOBS   ?= 2
 KERNEL_SOURCES := $(shell find sgl-kernel -path 'sgl-kernel/build*' -prune -o -type f \
 	\( -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name CMakeLists.txt -o -name '*.py' -o -name pyproject.toml \) -print)
 
-.PHONY: serve test test-page test-wheels setup lint format cuda clean
+.PHONY: serve test test-page test-wheels setup lint format cuda cuda-release clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
@@ -80,5 +80,14 @@ cuda: $(VENV)/.torch
 	cmake -S sgl-kernel -B sgl-kernel/build-cuda -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSGL_KERNEL_CUDA=ON
 	cmake --build sgl-kernel/build-cuda --parallel
 
+# What is given to others: built with a CUDA 12.8 compiler, its library serves CUDA 12 and 13 drivers.
+CUDA_HOME ?= /usr/local/cuda-12.8
+cuda-release: $(VENV)/.torch
+	@"$(CUDA_HOME)/bin/nvcc" --version 2>/dev/null | grep -q "release 12\.8" || { echo "CUDA_HOME=$(CUDA_HOME): expected a\
+	 CUDA 12.8 toolkit with bin/nvcc (a library of CUDA 13 needs a driver of the 580 series)" >&2; exit 1; }
+	cmake -S sgl-kernel -B sgl-kernel/build-cuda-release -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSGL_KERNEL_CUDA=ON \
+		-DSGL_KERNEL_EMULATION=OFF -DCMAKE_CUDA_COMPILER="$(CUDA_HOME)/bin/nvcc"
+	cmake --build sgl-kernel/build-cuda-release --parallel
+
 clean:
-	rm -rf $(VENV) sgl-kernel/build sgl-kernel/build-cuda
+	rm -rf $(VENV) sgl-kernel/build sgl-kernel/build-cuda sgl-kernel/build-cuda-release

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "python")]
@@ -10,11 +11,27 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import sgl_kernel  # noqa: E402
 import test_fused_metadata_copy as copy_tests  # noqa: E402
 import test_nsa_metadata_generate as generate_tests  # noqa: E402
+import test_paged_mqa_schedule as schedule_tests  # noqa: E402
 import test_sglang_calls as sglang_tests  # noqa: E402
 import torch  # noqa: E402
 from arena import assert_same  # noqa: E402
 from copy_cases import CopyCase, CopyRig  # noqa: E402
-from generate_cases import GenerateRig  # noqa: E402
+from generate_cases import GenerateRig, generate_case  # noqa: E402
+from sgl_kernel import PagedMQASplit  # noqa: E402
+
+# All destinations of a step in one launch, and those of readers that need the vectors alone.
+DESTINATIONS = [
+    *[
+        generate_case(m, 5, (1, 300, 64), offsets=range(7), rows_per_req=r)
+        for m, r in ((0, 1), (1, 3), (2, 3))
+    ],
+    *[
+        replace(case, dsts=tuple(replace(d, width1=None, width2=None) for d in case.dsts))
+        for case in (
+            generate_case(m, 33, (1, 300), offsets=(0, 1), rows_per_req=r) for m, r in ((0, 1), (2, 3))
+        )
+    ],
+]
 
 
 def main() -> None:
@@ -31,6 +48,12 @@ def main() -> None:
         rig = sglang_tests.SGLangRig(case, "cuda")
         rig.call(rig.buffer)
         assert_same(rig.arena, rig.buffer, rig.expected(), case)
+    for case in DESTINATIONS:
+        GenerateRig(case, "cuda").check()
+    for lens, next_n, num_sms in schedule_tests.CORNERS:
+        rows = torch.tensor([[n] * next_n for n in lens], dtype=torch.int32).view(len(lens), next_n)
+        found = schedule_tests.run(rows.cuda(), num_sms, PagedMQASplit())
+        assert found == schedule_tests.reference(rows.tolist(), num_sms, PagedMQASplit())
     torch.cuda.synchronize()
     print("all cases passed")
 

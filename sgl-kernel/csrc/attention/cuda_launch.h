@@ -15,6 +15,22 @@ inline void check_cuda(cudaError_t status, const char* what) {
                            cudaGetErrorString(status));
 }
 
+// A runtime serves under drivers of its own major version and later. Asked before anything else of the runtime, whose
+// own error does not say what to do.
+inline void check_driver() {
+  int runtime = 0, driver = 0;
+  check_cuda(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  if (driver / 1000 >= runtime / 1000) return;
+  const auto text = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  throw std::runtime_error("sgl_kernel: the NVIDIA driver is too old: the library was built with CUDA " +
+                           text(runtime) + ", the driver serves up to CUDA " + text(driver) +
+                           "; update the driver, or take a build of a CUDA " + std::to_string(driver / 1000) +
+                           " compiler");
+}
+
 // Makes `device_index` current for the life of the object.
 class DeviceScope {
  public:

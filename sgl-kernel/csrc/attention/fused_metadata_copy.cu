@@ -32,6 +32,7 @@ void prepare(int32_t device_index) {
   static std::atomic<bool> loaded[kMaxDevices];
   const bool known = device_index >= 0 && device_index < kMaxDevices;
   if (known && loaded[device_index].load(std::memory_order_acquire)) return;
+  check_driver();
   const DeviceScope scope(device_index);
   load_kernel(fused_metadata_copy_kernel, "loading fused_metadata_copy_kernel");
   load_generate_kernels();

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from . import _jit
+
 logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ("cpu", "cuda")
@@ -110,9 +112,14 @@ def _load_file(device_type: str) -> str | None:
     name = f"libsgl_kernel_{device_type}.so"
     directories = search_directories()
     path = next((d / name for d in directories if (d / name).is_file()), None)
+    if path is None and not os.environ.get(LIBRARY_DIR_VARIABLE) and _jit.enabled():
+        try:
+            path = _jit.build(device_type)
+        except (_jit.BuildError, OSError) as error:
+            return f"sgl_kernel: {error}"
     if path is None:
         searched = ", ".join(str(d) for d in directories)
-        hint = f"build it with CMake, or set {LIBRARY_DIR_VARIABLE}"
+        hint = f"build it with CMake, or set {LIBRARY_DIR_VARIABLE} or {_jit.JIT_VARIABLE}=1"
         return f"sgl_kernel: {name} was not found in {searched} ({hint})"
     try:
         torch.ops.load_library(str(path))
