@@ -231,6 +231,32 @@ def test_tokens_equal_the_reference(case: Case, dummy_model: Path, expected: lis
         assert state["avg_spec_accept_length"] > 1.02, "no draft was ever accepted under penalties"
 
 
+def test_a_penalty_that_ends_a_run_inside_a_verification(dummy_model: Path) -> None:
+    """Target and drafts repeat the last token until its penalty says otherwise: were the drafts before a row
+    not counted, the run would go on to the end of the step."""
+    outputs = []
+    for args in ({}, SPECULATIVE):
+        engine = make_engine(dummy_model, **args)
+        worker = engine.scheduler.worker
+        target = worker.target.model
+        models = [target] + ([worker.nextn.model] if args else [])
+        with torch.inference_mode():
+            for name, weight in [item for model in models for item in model.named_parameters()]:
+                if weight.dim() >= 2 and "embed" not in name:
+                    weight.zero_()
+            embed = target.model.embed_tokens.weight
+            embed.normal_(generator=torch.Generator().manual_seed(0))
+            target.lm_head.weight.copy_(embed)
+            if args:
+                models[1].eh_proj.weight[:, : embed.shape[1]].copy_(torch.eye(embed.shape[1]))
+        params = {"temperature": 0, "max_new_tokens": 70, "ignore_eos": True, "frequency_penalty": 2.0}
+        outputs.append(
+            [engine.generate(input_ids=[7, t], sampling_params=params)["output_ids"] for t in range(5)]
+        )
+    assert outputs[0] == outputs[1]
+    assert all(len(set(tokens)) > 1 for tokens in outputs[0])
+
+
 def test_penalties_matter(dummy_model: Path, expected: list[list[int]]) -> None:
     """The comparison above would be worth little if they changed nothing."""
     plain = [

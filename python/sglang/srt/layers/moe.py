@@ -133,7 +133,7 @@ class RoutedExperts(Layer):
     def _masked_chunk(self, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         gate_up = torch.matmul(x, self.gate_up_proj.transpose(1, 2))  # [E, T, 2 * I]
         y = torch.bmm(silu_and_mul(gate_up), self.down_proj.transpose(1, 2))  # [E, T, hidden]
-        return (y.float() * dense.t()[..., None]).sum(0).to(x.dtype)
+        return y.float().mul_(dense.t()[..., None]).sum(0).to(x.dtype)
 
 
 class DeepseekMoE(Layer):
