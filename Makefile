@@ -57,6 +57,10 @@ test-page: setup
 test-wheels: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest test/wheels $(ARGS)
 
+RELEASES ?= 0.5.12 0.5.23
+test-plugin: setup
+	$(BIN)/python plugin/tests/run.py $(RELEASES) $(if $(ARGS),-- $(ARGS))
+
 # The CUDA kernels compiled for the CPU, thread by thread: what their tests run on a machine without a GPU.
 $(VENV)/.emulation: $(VENV)/.torch $(KERNEL_SOURCES)
 	cmake -S sgl-kernel -B sgl-kernel/build -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSGL_KERNEL_CUDA=OFF

@@ -99,14 +99,11 @@ def _token_table(topk: int, backend: Any, device: torch.device) -> torch.Tensor:
 
 
 def _batch(installed: Installed, backend: Any, lengths: list[int], device: torch.device) -> Batch:
-    seq_lens = torch.tensor(lengths, dtype=_seq_lens_dtype(installed))
+    # Of int32 lengths every backend would keep the same tensor, and a difference between them would not show.
+    seq_lens = torch.tensor(lengths, dtype=torch.int64)
     return decode_batch(
         seq_lens.to(device),
         torch.tensor([2, 1, 3][: len(lengths)], device=device),
         seq_lens,
         installed.module.ForwardMode.DECODE,
     )
-
-
-def _seq_lens_dtype(installed: Installed) -> torch.dtype:
-    return torch.int32 if installed.family.prefix == "nsa" else torch.int64

@@ -1,0 +1,124 @@
+"""Runs these tests beside released SGLangs: `python plugin/tests/run.py RELEASE... [-- PYTEST ARGUMENTS]`.
+
+SGLang's distribution and ours are both imported as `sglang`, so each release gets folders of its own. Torch
+and what else the project's environment has is taken from there; only what is imported beyond is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / ".venv-plugin"
+# What SGLang imports at the import of its attention backends, beside what the project itself depends on.
+IMPORTED = """
+apache-tvm-ffi charset-normalizer compressed-tensors dill einops gguf idna loguru nvidia-ml-py orjson
+partial-json-parser pybase64 python-multipart requests setproctitle torchao urllib3 xgrammar
+"""
+ALL_RELEASES = """
+0.5.11 0.5.12 0.5.12.post1 0.5.13 0.5.14 0.5.15 0.5.15.post1 0.5.16 0.5.17 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22
+0.5.23
+"""
+
+
+def pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps"], check=True)
+
+
+def once(folder: Path, *requirements: str) -> Path:
+    """A folder with these distributions, installed if it is not there yet."""
+    if not (folder / ".ready").exists():
+        print(f"== {folder.name}: {' '.join(requirements)}", flush=True)
+        pip("install", "--upgrade", "--no-compile", "--target", str(folder), *requirements)
+        (folder / ".ready").touch()
+    return folder
+
+
+def set_up(release: str) -> list[Path]:
+    """The folders of a release, in the order of the import path."""
+    sglang = once(FOLDER / f"sglang-{release}", f"sglang=={release}")
+    folders = [FOLDER / "plugin", sglang, once(FOLDER / "imported", *IMPORTED.split())]
+    (pin,) = requirements(sglang, "sglang", r"transformers==")
+    version = pin.partition("==")[2]
+    if version != metadata.version("transformers"):
+        transformers = once(FOLDER / f"transformers-{version}", pin)
+        needs = requirements(transformers, "transformers", r"(tokenizers|huggingface[-_]hub)\b")
+        folders.insert(1, once(FOLDER / f"transformers-{version}-needs", *needs))
+        folders.insert(1, transformers)
+    return folders
+
+
+def requirements(folder: Path, name: str, pattern: str) -> list[str]:
+    """What the distribution `name` in a folder requires without extras, as far as it matches."""
+    (distribution,) = metadata.distributions(name=name, path=[str(folder)])
+    found = [r for r in distribution.requires or () if "extra ==" not in r and re.match(pattern, r)]
+    return [r.partition(";")[0].strip() for r in dict.fromkeys(found)]
+
+
+def install_plugin() -> None:
+    """The wheel as users get it, its CPU library included."""
+    wheels = FOLDER / "wheel"
+    subprocess.run(["rm", "-rf", str(wheels), str(FOLDER / "plugin")], check=True)
+    os.environ["SGL_KERNEL_CUDA"] = "OFF"
+    pip("wheel", "--no-build-isolation", "-w", str(wheels), str(ROOT / "plugin"))
+    (wheel,) = wheels.glob("sglang_nsa_plugin-*.whl")
+    zipfile.ZipFile(wheel).extractall(FOLDER / "plugin")
+
+
+def python() -> Path:
+    """An interpreter with the packages of the project's environment, but without its editable `sglang`."""
+    environment = FOLDER / "env"
+    if not (environment / "bin/python").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+        (site,) = environment.glob("lib/python3*/site-packages")
+        packages = Path(metadata.distribution("torch").locate_file(""))
+        # A path in a .pth file is searched, but its own .pth files, the editable installs, are not read.
+        (site / "project.pth").write_text(f"{packages}\n")
+    return environment / "bin/python"
+
+
+def start(release: str, arguments: list[str]) -> subprocess.Popen:
+    tests = ROOT / "plugin/tests"
+    path = [*set_up(release), tests]
+    env = os.environ | {
+        "PYTHONPATH": ":".join(map(str, path)),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    command = [
+        str(python()), "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tests),
+        "-p", "no:cacheprovider", "-W", "ignore", "--ignore", str(tests / "gpu"), str(tests), *arguments,
+    ]  # fmt: skip
+    log = open(FOLDER / f"{release}.log", "w")  # noqa: SIM115
+    return subprocess.Popen(command, env=env, cwd=FOLDER, stdout=log, stderr=subprocess.STDOUT)
+
+
+def main() -> int:
+    releases, _, rest = " ".join(sys.argv[1:]).partition("--")
+    wanted = ALL_RELEASES.split() if releases.split() == ["all"] else releases.split()
+    FOLDER.mkdir(exist_ok=True)
+    install_plugin()
+    failed = []
+    for i in range(0, len(wanted), 2):  # two at a time
+        started = time.monotonic()
+        running = {release: start(release, rest.split()) for release in wanted[i : i + 2]}
+        for release, process in running.items():
+            status = process.wait()
+            lines = (FOLDER / f"{release}.log").read_text(errors="replace").splitlines()
+            took = f"{time.monotonic() - started:.0f} s"
+            print(f"== SGLang {release}, {took}: {lines[-1] if lines else ''}", flush=True)
+            if status:
+                failed.append(release)
+                print("\n".join(lines[-60:]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
