@@ -2,6 +2,7 @@
 # make test       set up what is missing, then run the whole test suite
 # make test-page  the page at GET / in a real browser, where Chromium and its driver are installed
 # make test-wheels  the two wheels, installed with pip alone, serve with the compiled kernels
+# make test-plugin  the plugin beside released SGLangs, on the CPU (RELEASES=all: beside each)
 # make setup      only set up: .venv with the pinned dependencies, and the kernel library
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ JOBS   ?= 2
 KERNEL_SOURCES := $(shell find sgl-kernel -path 'sgl-kernel/build*' -prune -o -type f \
 	\( -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name CMakeLists.txt -o -name '*.py' -o -name pyproject.toml \) -print)
 
-.PHONY: serve test test-page test-wheels setup lint format cuda cuda-release clean
+.PHONY: serve test test-plugin test-page test-wheels setup lint format cuda cuda-release clean
 .DEFAULT_GOAL := help
 help:
 	@sed -n 's/^# //p' Makefile
