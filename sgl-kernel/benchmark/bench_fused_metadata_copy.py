@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "python")]
 
 import sgl_kernel  # noqa: E402
 import torch  # noqa: E402
-from buffer_sets import CopySets, GenerateSets, ReplicateSets, Run  # noqa: E402
+from buffer_sets import CopySets, GenerateSets, MemcpySets, ReplicateSets, Run  # noqa: E402
 
 DESTINATIONS = (1, 3, 7, 15)
 LARGE = (128, 131072)  # requests, columns: only bytes count
@@ -243,6 +243,9 @@ class Bench:
             sets[0].check()
             case = self.add(f"{name} N=7 bs={bs} cols={cols}", sets)
             case.limits = [Limit("gpu/floor", case.ratio, factor)]
+            memcpy = partial(MemcpySets, self.device, sets[0].bytes_moved)
+            del sets
+            self.add("  memcpy node of the same bytes", self.rotation(memcpy))
 
     def sglang(self, bs: int, cols: int) -> None:
         for n, kind in ((1, "single"), (3, "multi")):

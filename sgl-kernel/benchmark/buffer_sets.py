@@ -111,6 +111,17 @@ class CopySets:
                 sys.exit(f"{name}: WRONG RESULT")
 
 
+class MemcpySets:
+    """One contiguous copy_, in a graph a memcpy node, that moves as many bytes as another case."""
+
+    def __init__(self, device: str, bytes_moved: int) -> None:
+        self.bytes_moved = bytes_moved  # half read, half written
+        self.src, self.dst = (random_int32((bytes_moved // 8,), device) for _ in range(2))
+
+    def run(self) -> None:
+        self.dst.copy_(self.src)
+
+
 class GenerateSets:
     """Inputs of one DECODE step and N destinations, as draft lengths `step` give them: offsets 1 .. N.
 

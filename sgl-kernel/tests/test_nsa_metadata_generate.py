@@ -79,6 +79,24 @@ CORNER = [
         for extra in (0, 1)
     ],
 ]
+# Tiles that all rows have whole, of the first chunks and of those behind them. Page numbers come from
+# registers where the page size is 16 or more and 4 divides it.
+WHOLE_TILES = [
+    GenerateCase(
+        bs=3,
+        dsts=(
+            DestinationSpec(1, 16384, -(-16384 // page)),
+            DestinationSpec(0, 16384, 7),
+            DestinationSpec(0, None, 16),
+        ),
+        seq_lens=((16300, 4096, 12287), (2047, 16000, 2048)),
+        token_width=16384,
+        page_size=page,
+        **mode,
+    )
+    for mode in MODES
+    for page in (12, 16, 18, 20, 64, 100, 512, 1028)
+]
 PERFORMANCE = [
     generate_case(DECODE, 2, (131072, 70000), offsets=(0, 1)),
     generate_case(DECODE, 4096, (7, 3, 0, 9), width=16),
@@ -88,7 +106,7 @@ PERFORMANCE = [
 ]
 
 
-@pytest.mark.parametrize("case", CORRECTNESS + CORNER + PERFORMANCE)
+@pytest.mark.parametrize("case", CORRECTNESS + CORNER + WHOLE_TILES + PERFORMANCE)
 def test_generate(case: GenerateCase, device: str) -> None:
     rig = GenerateRig(case, device)
     rig.check()

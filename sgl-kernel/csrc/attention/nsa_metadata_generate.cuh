@@ -14,7 +14,8 @@ constexpr int kGenerateThreads = 128;         // of a block
 constexpr int kGenerateBlocksPerSm = 8;       // resident together: 64 registers a thread
 constexpr int kLoadsInFlight = 4;             // of 16 bytes, a thread
 constexpr int kColumnsPerLoad = 4;
-constexpr int kTileColumns = kGenerateThreads * kLoadsInFlight * kColumnsPerLoad;
+constexpr int kWarpColumns = 32 * kLoadsInFlight * kColumnsPerLoad;
+constexpr int kTileColumns = kGenerateThreads / 32 * kWarpColumns;
 
 // Lengths, offsets and rows are bounded so that every length of a row fits in 32 bits.
 constexpr int32_t kMaxLength = 1 << 30;  // a longer sequence counts as this long
@@ -76,7 +77,7 @@ struct GenerateParams {
   int32_t topk;
   int32_t page_size;
   Divisor by_page_size;
-  Divisor by_bs;
+  Divisor by_first_chunks;
   int32_t num_vectors;
   int32_t num_tables;
   int32_t max_cols;      // columns of req_to_token that some table may need
@@ -84,12 +85,12 @@ struct GenerateParams {
   int32_t common_cols;   // columns that every page_table_1 has; 0 where a row of a table is not aligned to 16 bytes
   int32_t min_offset;    // smallest seqlens_offset of the tables
   int32_t table_blocks;  // blocks that write tables
-  int32_t next_request;  // table_blocks tiles further: this many requests ...
-  int32_t next_chunk;    // ... and this many tiles along the row
+  int32_t first_chunks;  // tiles of every request that they write first
   bool seq_lens_64;
   bool req_pool_indices_64;
   bool packed;  // DRAFT_EXTEND: rows of a request follow each other without gaps
   bool has_pages;
+  bool pages_by_warp;  // a warp's columns begin 32 pages at most, each with the first token of a load
   GenerateTables tables[kMaxGenerateDestinations];
   GenerateVectors vectors[kMaxGenerateDestinations];
 
@@ -291,13 +292,42 @@ struct Tile {
   int32_t begin, end;  // columns; all tables together need no more
 };
 
-// A tile that all rows of all tables have whole.
+// The pages that begin in a warp's part of a tile that all rows have whole, a lane each: their tokens are in registers
+// of the warp, and their numbers leave it side by side.
+__device__ __forceinline__ void write_warp_pages(const GenerateParams& p, const Tile& tile, int32_t begin,
+                                                 const int4 (&tokens)[kLoadsInFlight]) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) & 31;
+  const int32_t page = (begin == 0 ? 0 : divide(begin - 1, p.by_page_size) + 1) + lane;
+  const int64_t at = int64_t{page} * p.page_size - begin;
+  const int32_t load = static_cast<int32_t>(at) / (32 * kColumnsPerLoad);
+  const int32_t owner = static_cast<int32_t>(at) / kColumnsPerLoad & 31;
+  int32_t token = 0;
+#pragma unroll
+  for (int k = 0; k < kLoadsInFlight; ++k) {
+    const int32_t theirs = __shfl_sync(~0u, tokens[k].x, owner);
+    if (load == k) token = theirs;
+  }
+  if (at >= kWarpColumns) return;
+  const int32_t value = page_of_token(p, token);
+#pragma unroll 1
+  for (int32_t t = 0; t < p.num_tables; ++t) {
+    const GenerateTables& table = p.tables[t];
+    if (page >= table.width2) continue;
+    int32_t* pages = table.real_page_table + tile.row0 * table.stride2 + page;
+#pragma unroll 1
+    for (int32_t j = 0; j < tile.rows; ++j, pages += table.stride2) *pages = value;
+  }
+}
+
+// A tile that all rows of all tables have whole. The columns of a warp are one piece.
 __device__ __forceinline__ void copy_whole_tile(const GenerateParams& p, const Tile& tile) {
-  const int32_t column = tile.begin + static_cast<int32_t>(threadIdx.x) * kColumnsPerLoad;
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) & 31;
+  const int32_t begin = tile.begin + (static_cast<int32_t>(threadIdx.x) >> 5) * kWarpColumns;
+  const int32_t column = begin + lane * kColumnsPerLoad;
   const int4* const source = reinterpret_cast<const int4*>(tile.tokens + column);
   int4 tokens[kLoadsInFlight];
 #pragma unroll
-  for (int k = 0; k < kLoadsInFlight; ++k) tokens[k] = __ldg(source + k * kGenerateThreads);
+  for (int k = 0; k < kLoadsInFlight; ++k) tokens[k] = __ldg(source + k * 32);
 #pragma unroll 1
   for (int32_t t = 0; t < p.num_tables; ++t) {
     const GenerateTables& table = p.tables[t];
@@ -306,9 +336,10 @@ __device__ __forceinline__ void copy_whole_tile(const GenerateParams& p, const T
 #pragma unroll 1
     for (int32_t j = 0; j < tile.rows; ++j, row += table.stride1) {
 #pragma unroll
-      for (int k = 0; k < kLoadsInFlight; ++k) reinterpret_cast<int4*>(row)[k * kGenerateThreads] = tokens[k];
+      for (int k = 0; k < kLoadsInFlight; ++k) reinterpret_cast<int4*>(row)[k * 32] = tokens[k];
     }
   }
+  if (p.pages_by_warp) write_warp_pages(p, tile, begin, tokens);
 }
 
 // A tile in which rows end, or whose rows are not aligned: as many bytes in flight, 4 at a time.
@@ -374,29 +405,36 @@ __device__ __forceinline__ void write_tile(const GenerateParams& p, int32_t i, i
   tile.row0 = packed ? packed_row(p, i) : static_cast<int64_t>(i) * p.rows_per_req;
 
   const int32_t shortest = row_len(kMode, kv_len(tile.request.seq_len, p.min_offset), tile.request.accepted, 0);
-  if (tile.begin + kTileColumns <= smaller(shortest, p.common_cols)) {
+  const bool whole = tile.begin + kTileColumns <= smaller(shortest, p.common_cols);
+  if (whole) {
     copy_whole_tile(p, tile);
   } else {
     copy_ragged_tile<kMode>(p, tile);
   }
-  if (p.has_pages) write_pages<kMode>(p, tile);
+  if (p.has_pages && !(whole && p.pages_by_warp)) write_pages<kMode>(p, tile);
 }
 
-// The tiles of all requests in one row: first the first of every request, then the second of every request, and so on.
-// A block takes every table_blocks-th, so that many short requests and few long ones both keep all blocks busy.
+// First the first tiles of every request, one for each block: short requests need no other, and a tile is found without
+// the lengths of the others. Then what is left of the rows, row after row, since rows in turn cost more misses of the
+// address translation; a block takes every table_blocks-th tile, so that few long requests keep all blocks busy.
 template <Mode kMode>
 __device__ __forceinline__ void write_tables(const GenerateParams& p, int32_t block) {
-  int32_t chunk = divide(block, p.by_bs), i = block - chunk * p.bs;
-  int32_t chunks = (p.max_cols + kTileColumns - 1) / kTileColumns;
-  bool bounded = false;
 #pragma unroll 1
-  while (chunk < chunks) {
-    write_tile<kMode>(p, i, chunk);
-    i += p.next_request, chunk += p.next_chunk;
-    if (i >= p.bs) i -= p.bs, ++chunk;
-    if (bounded || chunk >= chunks) continue;
-    chunks = (most_needed_columns<kMode>(p) + kTileColumns - 1) / kTileColumns;
-    bounded = true;
+  for (int32_t tile = block; tile < p.first_chunks * p.bs; tile += p.table_blocks) {
+    const int32_t i = divide(tile, p.by_first_chunks);
+    write_tile<kMode>(p, i, tile - i * p.first_chunks);
+  }
+  if (p.first_chunks * int64_t{kTileColumns} >= p.max_cols) return;
+
+  const int32_t left = (most_needed_columns<kMode>(p) + kTileColumns - 1) / kTileColumns - p.first_chunks;
+  if (left <= 0) return;  // tiles of the longest request
+  const int32_t requests = p.table_blocks / left, chunks = p.table_blocks - requests * left;
+  int32_t i = block / left, chunk = block - i * left;
+#pragma unroll 1
+  while (i < p.bs) {
+    write_tile<kMode>(p, i, p.first_chunks + chunk);
+    i += requests, chunk += chunks;
+    if (chunk >= left) chunk -= left, ++i;
   }
 }
 

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <iterator>
 #include <limits>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -210,17 +209,17 @@ void set_tables(GenerateParams& launch, int32_t multiprocessors) {
   }
   launch.max_cols = static_cast<int32_t>(max_cols);
   launch.common_cols = aligned ? static_cast<int32_t>(common_cols) : 0;
+  launch.pages_by_warp =
+      launch.has_pages && launch.page_size % kColumnsPerLoad == 0 && launch.page_size >= kWarpColumns / 32;
   if (launch.bs == 0) return;
 
-  // One wave of blocks. Should they take several tiles each, then not always those of the same requests: their number
-  // has no factor in common with bs.
-  const int64_t tiles = (max_cols + kTileColumns - 1) / kTileColumns * launch.bs;
-  const int64_t resident = int64_t{multiprocessors} * kGenerateBlocksPerSm - launch.num_vectors;
-  int64_t blocks = std::min(tiles, std::max<int64_t>(resident, 1));
-  while (blocks < tiles && std::gcd(blocks, int64_t{launch.bs}) != 1) --blocks;
-  launch.table_blocks = static_cast<int32_t>(blocks);
-  launch.next_request = static_cast<int32_t>(blocks % launch.bs);
-  launch.next_chunk = static_cast<int32_t>(blocks / launch.bs);
+  // One wave of blocks, of which each has one of the first tiles.
+  const int64_t chunks = (max_cols + kTileColumns - 1) / kTileColumns;
+  const int64_t resident = std::max<int64_t>(int64_t{multiprocessors} * kGenerateBlocksPerSm - launch.num_vectors, 1);
+  const int64_t first_chunks = std::clamp<int64_t>(resident / launch.bs, 1, chunks);
+  launch.first_chunks = static_cast<int32_t>(first_chunks);
+  launch.by_first_chunks = divisor(first_chunks);
+  launch.table_blocks = static_cast<int32_t>(std::min(first_chunks * launch.bs, resident));
 }
 
 GenerateParams common_params(const PlanArgs& args) {
@@ -234,7 +233,6 @@ GenerateParams common_params(const PlanArgs& args) {
   p.topk = static_cast<int32_t>(args.topk);
   p.page_size = static_cast<int32_t>(args.page_size);
   p.by_page_size = divisor(args.page_size);
-  p.by_bs = divisor(std::max<int64_t>(args.bs, 1));
   p.bs = static_cast<int32_t>(args.bs);
   p.rows_per_req = static_cast<int32_t>(args.rows_per_req);
   p.mode = static_cast<Mode>(args.mode);

@@ -133,6 +133,12 @@ inline uint64_t __shfl_up_sync(unsigned mask, uint64_t value, int step) {
   return high << 32 | __shfl_up_sync(mask, static_cast<uint32_t>(value), step);
 }
 
+inline int32_t __shfl_sync(unsigned, int32_t value, int lane) {
+  return static_cast<int32_t>(emulation::block.exchange(
+      static_cast<uint32_t>(value),
+      [&](int me, const uint32_t* values) { return values[me - me % emulation::kWarp + lane % emulation::kWarp]; }));
+}
+
 inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {
   return emulation::block.exchange(value, [](int me, const uint32_t* values) {
     const uint32_t* const warp = values + (me - me % emulation::kWarp);
