@@ -113,6 +113,29 @@ def test_abort_by_the_callers_rid(engine: Engine) -> None:
     assert 0 < last["meta_info"]["completion_tokens"] < 1500
 
 
+@pytest.mark.parametrize("rid", ["mine", None], ids=["by rid", "abort_all"])
+def test_abort_ends_all_prompts_and_choices_with_their_text_so_far(engine: Engine, rid: str | None) -> None:
+    """Bug: of a request with several prompts or choices, its rid ended the first choice at most."""
+    params = PARAMS | {"max_new_tokens": 600, "n": 2}
+    prompts = PROMPTS[:2]
+    whole = engine.generate(prompts, params)
+    with ThreadPoolExecutor(2) as pool:
+        mine = pool.submit(engine.generate, prompts, params, rid="mine")
+        other = pool.submit(engine.generate, PROMPTS[2], PARAMS | {"max_new_tokens": 600}, rid="other")
+        while sum(len(req.output_ids) > 3 for req in list(engine.scheduler.requests.values())) < 5:
+            assert not (mine.done() or other.done())
+        engine.abort_request(*(() if rid is None else (rid,)), abort_all=rid is None)
+        answers, last = mine.result(), other.result()
+    assert last["meta_info"]["finish_reason"]["type"] == ("abort" if rid is None else "length")
+    assert engine.scheduler.is_idle and engine.scheduler.check_memory() is None
+    for answer, complete in zip(answers, whole, strict=True):
+        count = answer["meta_info"]["completion_tokens"]
+        assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+        assert 3 < count == len(answer["output_ids"]) < 600
+        assert answer["output_ids"] == complete["output_ids"][:count]
+        assert answer["text"] == engine.tokenizer.decode(answer["output_ids"], skip_special_tokens=True)
+
+
 def test_fields_of_sglang_that_ask_for_nothing(engine: Engine) -> None:
     plain = engine.generate("one", PARAMS)["text"]
     fields = {"image_data": None, "lora_path": [None], "return_hidden_states": False, "return_logprob": None}

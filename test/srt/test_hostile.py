@@ -136,6 +136,27 @@ ROWS = [
         "logprobs",
     ),
     Row(
+        "logprobs of many choices",
+        GENERATE,
+        lambda: params(n=128, max_new_tokens=1900) | {"return_logprob": True, "top_logprobs_num": 20},
+        400,
+        "sampling_params.n, sampling_params.max_new_tokens and top_logprobs_num",
+    ),
+    Row(
+        "logprobs of many choices without a limit",
+        CHAT,
+        lambda: chat(n=128, max_tokens=None, logprobs=True, top_logprobs=20),
+        400,
+        "n, max_tokens and top_logprobs",
+    ),
+    Row(
+        "prompt logprobs of many choices, echoed",
+        COMPLETIONS,
+        lambda: {"prompt": [5] * 1900, "n": 128, "max_tokens": 1, "logprobs": 20, "echo": True},
+        400,
+        "echo and logprobs",
+    ),
+    Row(
         "512 prompts of 1,900 characters",
         GENERATE,
         lambda: {"text": [f"{i} " * 400 for i in range(512)], "sampling_params": {"max_new_tokens": 1}},

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from history_worker import HistoryWorker, Sampling, continuation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_harness import Harness, greedy, prompt_of
+from sglang.srt.managers import scheduler as scheduler_module
 from sglang.srt.managers.io_struct import (
     AbortReq,
 )
@@ -146,3 +149,33 @@ def test_logprobs_belong_to_their_tokens(chunk: int, start: int) -> None:
         else:
             assert [entry.token_id for entry in result.input_logprobs] == prompt[start:]
     assert (result.last.cached_tokens > 0) == (start < 0)
+
+
+class WorkClock:
+    """Stands for the module `time`: only the scheduler's messages and the worker's steps take time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def takes(self, seconds: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            self.now += seconds
+            return call(*args, **options)
+
+        return timed
+
+
+def test_throughput_does_not_count_idle_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: seconds in which nothing was asked for lowered the tokens per second of those that followed."""
+    clock, harness = WorkClock(), Harness()
+    monkeypatch.setattr(scheduler_module, "time", clock)
+    worker, link = harness.worker, harness.link
+    worker.prefill, worker.decode = clock.takes(0.25, worker.prefill), clock.takes(0.25, worker.decode)
+    link.receive = clock.takes(1000.0, link.receive)  # the scheduler waits for each message
+    for seed in range(4):
+        harness.run(prompt_of(6, seed), max_new_tokens=8)
+    state = harness.scheduler.internal_state()
+    assert state["gen_throughput"] == state["last_gen_throughput"] == 1 / 0.25

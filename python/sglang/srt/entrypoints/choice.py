@@ -22,6 +22,7 @@ def identity(value: Any) -> Any:
 class Choice:
     request: TokenizedGenerateReqInput
     rid: str  # what its client calls it
+    names: frozenset[str] = frozenset()  # all that ends it: its rid, and those of what it is part of
     token_text: TokenText | None = None  # puts texts beside the logprobs of `native`
     pack: Callable[[Any], Any] = identity  # turns each entry of those into what `native` shall hold
     text: str = ""

@@ -118,12 +118,13 @@ class Engine:
         self._thread.shutdown()
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
-        """Ends one request, or all, as they stand; whoever iterates over one gets what was generated."""
+        """Ends one request with all its prompts and choices, or all requests, as they stand; who waits for
+        one gets what was generated."""
         running = list(self._generations.values())
-        sequences = [g.sequence for g in running if abort_all or g.choice.rid == rid]
+        sequences = [g.sequence for g in running if abort_all or rid in g.choice.names]
         if sequences:
+            self.link.inbox.append(AbortReq(sequences))  # who steps now sees it, too
             with self._stepping:
-                self.link.inbox.append(AbortReq(sequences))
                 self._step()
 
     def __enter__(self) -> Engine:

@@ -31,11 +31,6 @@ class Item:
     def n(self) -> int:
         return self.sampling.n or 1
 
-    def num_prompt_logprobs(self, ids: list[int]) -> int:
-        """Of all choices, with those of the most likely tokens."""
-        start = self.logprobs.logprob_start_len
-        return 0 if start < 0 else self.n * max(len(ids) - start, 0) * (1 + self.logprobs.top_logprobs_num)
-
     def choice(self, number: int, ids: list[int], params: SamplingParams) -> Choice:
         """The number-th of its n. Raises RequestError (400)."""
         start = self.logprobs.logprob_start_len
@@ -51,7 +46,9 @@ class Item:
             return_token_sources=bool(self.body.return_token_sources),
             **asdict(self.logprobs),
         )
-        return Choice(sequence, self.rid + (f"_n{number}" if number else ""))
+        own = self.rid + (f"_n{number}" if number else "")
+        whole = [self.body.rid] if isinstance(self.body.rid, str) else []
+        return Choice(sequence, own, frozenset([own, self.rid, *whole]))
 
 
 def items(body: GenerateReqInput) -> list[Item]:

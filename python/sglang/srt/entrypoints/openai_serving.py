@@ -19,6 +19,7 @@ from sglang.srt.entrypoints.serving import (
     LogprobOptions,
     answer,
     check_batch,
+    check_logprobs,
     until_disconnect,
 )
 from sglang.srt.errors import RequestError, shown
@@ -90,6 +91,7 @@ class OpenAIServing(ABC, Generic[R]):
                 )
                 for choice in range(n)
             ]
+        check_logprobs(sequences, self.names)
         return sequences
 
     async def _chunks(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
@@ -151,7 +153,11 @@ class OpenAIServing(ABC, Generic[R]):
 class CompletionServing(OpenAIServing[CompletionRequest]):
     id_prefix = "cmpl"
     object = chunk_object = "text_completion"
-    names = LIMIT_NAMES | {"input_ids": "prompt"}
+    names = LIMIT_NAMES | {
+        "input_ids": "prompt",
+        "top_logprobs_num": "logprobs",
+        "logprob_start_len": "echo",
+    }
     default_max_tokens = DEFAULT_COMPLETION_TOKENS
 
     def __init__(
@@ -223,7 +229,7 @@ class ChatServing(OpenAIServing[ChatCompletionRequest]):
     id_prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
-    names = LIMIT_NAMES | {"input_ids": "messages"}
+    names = LIMIT_NAMES | {"input_ids": "messages", "top_logprobs_num": "top_logprobs"}
     add_special_tokens = False  # the template writes them
 
     def max_tokens(self) -> int | None:

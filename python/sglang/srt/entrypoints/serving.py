@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,12 +17,14 @@ from starlette.types import Receive, Scope, Send
 from sglang.srt.entrypoints.choice import Choice
 from sglang.srt.entrypoints.request_body import MAX_SEQUENCES
 from sglang.srt.errors import RequestError
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.tokenizer_manager import Generation, TokenizerManager
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+MAX_LOGPROBS = 1 << 20  # of one request, those of the most likely tokens included
 SMALL_ANSWER = 4096  # tokens
 JSON_DEPTH = 3  # choices, choice, logprobs
 JSON_SLICE = 64  # members of a list
@@ -48,6 +50,29 @@ def check_batch(prompts: int, choices: int, param: str) -> None:
     if prompts * choices > MAX_SEQUENCES:
         message = f"{param} holds {prompts} prompts with n={choices}: at most {MAX_SEQUENCES} in one request"
         raise RequestError.bad(message, param)
+
+
+def check_logprobs(sequences: Sequence[TokenizedGenerateReqInput], names: dict[str, str]) -> None:
+    """How many logprobs an answer may hold. One sequence alone may have as many as it generates tokens.
+
+    `names` are the client's, as for TokenizerManager.check. Raises RequestError (400).
+    """
+    scored = [s for s in sequences if s.return_logprob]
+    of_prompt = sum(
+        (len(s.input_ids) - s.logprob_start_len) * (1 + s.top_logprobs_num)
+        for s in scored
+        if s.logprob_start_len >= 0
+    )
+    generated = sum(s.sampling_params.max_new_tokens * (1 + s.top_logprobs_num) for s in scored)
+    limit = f"at most {MAX_LOGPROBS} in one request"
+    top, start, new, n = (
+        names.get(name, name) for name in ("top_logprobs_num", "logprob_start_len", "max_new_tokens", "n")
+    )
+    if of_prompt > MAX_LOGPROBS:
+        raise RequestError.bad(f"{start} and {top} ask for {of_prompt} prompt logprobs: {limit}", start)
+    if generated > MAX_LOGPROBS and len(scored) > 1:
+        message = f"{n}, {new} and {top} ask for {generated} logprobs in {len(scored)} sequences: {limit}"
+        raise RequestError.bad(message, new)
 
 
 async def collect(generation: Generation, choices: list[Choice]) -> None:

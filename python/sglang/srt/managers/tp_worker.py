@@ -10,7 +10,7 @@ import torch
 
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode
 from sglang.srt.layers.attention.nsa_backend import NativeSparseAttnBackend
-from sglang.srt.layers.logprobs import token_logprobs
+from sglang.srt.layers.logprobs import hidden_logprobs, token_logprobs
 from sglang.srt.layers.request_sampler import RequestSampler
 from sglang.srt.managers.schedule_batch import PrefillChunk, Req, StepOutput
 from sglang.srt.mem_cache.fp8_kv_pool import kv_pool_class
@@ -252,5 +252,6 @@ class TpModelWorker:
         first = [TokenLogprob(chunk.tokens[0], None, [])] if req.kv_len == 0 else []
         if not targets:
             return first
-        logits = self.target.model.compute_logits(hidden_states[: len(targets)])
-        return first + token_logprobs(logits, torch.tensor(targets, device=self.device), req.top_logprobs_num)
+        token_ids = torch.tensor(targets, device=self.device)  # [len(targets)], int64
+        logits_of, top = self.target.model.compute_logits, req.top_logprobs_num
+        return first + hidden_logprobs(hidden_states[: len(targets)], logits_of, token_ids, top)
