@@ -226,3 +226,23 @@ def test_doctor_says_what_would_happen(plugin, capsys, monkeypatch):
     assert "shared" in said and "one launch of the plugin" in said
     monkeypatch.setenv("SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA", "0")
     assert main(["doctor"]) == 1
+
+
+def test_prometheus_series(plugin, monkeypatch, tmp_path):
+    """Where SGLang serves metrics it names a directory; the series go to the same registry."""
+    from prometheus_client import REGISTRY, generate_latest
+
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    before = set(REGISTRY._collector_to_names)
+    try:
+        runner = served(plugin, monkeypatch)
+        runner.capture(4)
+        for _ in range(64):
+            runner.replay(make_batch(runner.installed, [5, 300, 64, 65], [4, 1, 3, 2]), 4)
+        text = generate_latest().decode()
+    finally:
+        for collector in set(REGISTRY._collector_to_names) - before:
+            REGISTRY.unregister(collector)
+    assert 'sglang:nsa_plugin_replays_total{by="plugin",rank="0"} 64.0' in text
+    assert 'sglang:nsa_plugin_draft_backends{layout="shared",rank="0"} 3.0' in text
+    assert "sglang:nsa_plugin_page_table_bytes_saved" in text

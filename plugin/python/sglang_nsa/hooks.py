@@ -13,6 +13,7 @@ from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_INDEX_SHARE = "seed_dsa_topk_from_draft_extend"  # an argument of the wrapper's constructor
 _ATTRIBUTE = "_sglang_nsa_draft_metadata"  # on the wrapper, so that it lives as long
 
 
@@ -52,6 +53,9 @@ class Hooks:
             logger.warning("sglang-nsa-plugin leaves the draft metadata to SGLang: %s", reason)
             return
         server_args = getattr(model_runner, "server_args", None)
+        arguments = dict(zip(("topk", "steps", _INDEX_SHARE), args)) | kwargs
+        if arguments.get(_INDEX_SHARE):
+            logger.info("sglang-nsa-plugin: IndexShare: the draft steps take over draft-extend's top-k")
         draft = DraftMetadata(self.installed, self.settings, wrapper, server_args, self.counters)
         setattr(wrapper, _ATTRIBUTE, draft)
 
