@@ -46,15 +46,17 @@ def test_schedule_is_fresh(plugin, monkeypatch, layout, steps):
 
 
 def test_sglang_leaves_three_backends_stale(plugin, monkeypatch):
-    """The defect that the plugin mends: SGLang's path at N = 3 refreshes no schedule, N = 4 only the last."""
+    """The defect that the plugin mends: SGLang's path at N = 3 refreshes no schedule, N = 4 only the last (up
+    to 0.5.11 not even that)."""
     import sglang_nsa.sgl_kernel as library
 
-    for steps, fresh in ((4, [False] * 3), (5, [False] * 3 + [True])):
+    for steps in (4, 5):
         runner = served_runner(plugin, monkeypatch, "replicate", steps, SGLANG_NSA_PLUGIN_ALTERNATE=100)
         harness.replace_fused_copy(monkeypatch, library)
         runner.capture(BS)
         runner.replay(make_batch(runner.installed, LENGTHS, [4, 1, 3, 2]), BS)  # SGLang's turn
-        assert [torch.equal(schedule, FRESH) for schedule in schedules(runner, BS)] == fresh
+        fresh = [torch.equal(schedule, FRESH) for schedule in schedules(runner, BS)]
+        assert not any(fresh[:3])
 
 
 @pytest.mark.parametrize("layout", ["shared", "replicate"])

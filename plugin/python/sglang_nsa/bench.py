@@ -123,7 +123,7 @@ class Case:
         buffers = StaticBuffers(self.installed, bs, self.device)
         self.installed.init_state(wrapper, bs, bs)
         self.installed.capture(wrapper, buffers.view(bs))
-        self.installed.replay(wrapper, buffers.set(self._batch(bs), bs), bs)
+        self.installed.refresh(wrapper, buffers.set(self._batch(bs), bs), bs)
         return wrapper.attn_backends[0].decode_cuda_graph_metadata[bs]
 
     def _row(self, path: str, bs: int, call: Callable[[], None]) -> dict[str, Any]:

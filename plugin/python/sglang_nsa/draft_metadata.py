@@ -221,7 +221,7 @@ class DraftMetadata:
         if self.layout == "replicate":
             self.installed.replay(self.wrapper, batch, bs)
             return
-        self.installed.replay(self._first_alone, batch, bs)
+        self.installed.refresh(self._first_alone, batch, bs)
         for backend in self.backends[1:]:
             backend.forward_metadata = self.backends[0].forward_metadata
 

@@ -34,6 +34,7 @@ class Family:
     in_graph: tuple[str, ...]  # where the captured draft function begins: methods to hook for in_graph
     capture: Callable[[Method, Any, Any], None]  # (SGLang's method, wrapper, batch)
     replay: Callable[[Method, Any, Any, int], None]  # (SGLang's method, wrapper, batch, bs)
+    refresh: Callable[[Installed, Any, Any, int], None]  # (installed, wrapper, batch, bs)
     capture_method: str
     replay_method: str
 
@@ -54,6 +55,25 @@ def _replay_f2(method: Method, wrapper: Any, batch: Any, bs: int) -> None:
     method(wrapper, batch)
 
 
+def _refresh_f1(installed: Installed, wrapper: Any, batch: Any, bs: int) -> None:
+    for backend in wrapper.attn_backends:
+        backend.init_forward_metadata_replay_cuda_graph(
+            bs=bs,
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=batch.seq_lens,
+            seq_lens_sum=batch.seq_lens_sum,
+            encoder_lens=None,
+            forward_mode=installed.module.ForwardMode.DECODE,
+            spec_info=batch.spec_info,
+            seq_lens_cpu=batch.seq_lens_cpu,
+            out_cache_loc=None,
+        )
+
+
+def _refresh_f2(installed: Installed, wrapper: Any, batch: Any, bs: int) -> None:
+    installed.replay(wrapper, batch, bs)  # of fewer than three backends each refreshes its derived fields
+
+
 FAMILIES = (
     Family(
         name="out_graph",  # 0.5.13 and later
@@ -69,6 +89,7 @@ FAMILIES = (
         in_graph=(),
         capture=_capture_f2,
         replay=_replay_f2,
+        refresh=_refresh_f2,
         capture_method="init_forward_metadata_out_graph",
         replay_method="init_forward_metadata_out_graph",
     ),
@@ -89,6 +110,7 @@ FAMILIES = (
         ),
         capture=_capture_f1,
         replay=_replay_f1,
+        refresh=_refresh_f1,
         capture_method="init_forward_metadata_capture_cuda_graph",
         replay_method="init_forward_metadata_replay_cuda_graph",
     ),
@@ -119,6 +141,11 @@ class Installed:
         """SGLang's own refresh of all backends of `wrapper`."""
         self.family.replay(self.own[self.family.replay_method], wrapper, batch, bs)
 
+    def refresh(self, wrapper: Any, batch: Any, bs: int) -> None:
+        """SGLang's own computation for a wrapper of one or two backends, derived fields included: what its
+        multi-step path leaves out up to 0.5.11."""
+        self.family.refresh(self, wrapper, batch, bs)
+
     def set_prefill_impl(self, backend: Any) -> None:
         getattr(backend, f"set_{self.family.prefix}_prefill_impl")(forward_batch=None)
 
@@ -129,7 +156,7 @@ def find_installed() -> Installed:
     for family in FAMILIES:
         try:
             return _probe(family)
-        except UnsupportedError as error:
+        except (UnsupportedError, ImportError) as error:
             reasons.append(f"{family.name}: {error}")
     raise UnsupportedError("; ".join(reasons))
 

@@ -78,5 +78,8 @@ class Shadow:
     def replay(self, batch: Any, bs: int) -> None:
         self.installed.replay(self.wrapper, batch, bs)
 
+    def refresh(self, batch: Any, bs: int) -> None:
+        self.installed.refresh(self.wrapper, batch, bs)
+
     def metadata(self, index: int, bs: int) -> Any:
         return self.backends[index].decode_cuda_graph_metadata[bs]

@@ -66,7 +66,7 @@ class Verifier:
 
     def compute(self, batch: Any, bs: int) -> None:
         """SGLang's own metadata for the batch of this replay."""
-        self.shadow.replay(batch, bs)
+        self.shadow.refresh(batch, bs)
 
     def check(self, backends: list[Any], bs: int, apart_from: torch.Tensor | None = None) -> None:
         """Raises MetadataMismatchError where a backend differs from what was last computed for `bs`.
