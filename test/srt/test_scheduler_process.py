@@ -25,7 +25,7 @@ from sglang.srt.managers.io_struct import (
     SchedulerReady,
     TokenizedGenerateReqInput,
 )
-from sglang.srt.managers.scheduler import run_scheduler_process
+from sglang.srt.managers.scheduler_runner import run_scheduler_process
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
@@ -124,7 +124,7 @@ def test_says_why_it_cannot_start(start: Any, tmp_path: Path) -> None:
 
 ORPHAN = """
 import multiprocessing, os, sys, time
-from sglang.srt.managers.scheduler import run_scheduler_process
+from sglang.srt.managers.scheduler_runner import run_scheduler_process
 from sglang.srt.server_args import PortArgs, ServerArgs
 if __name__ == "__main__":
     args = ServerArgs(model_path=sys.argv[1], device="cpu", disable_cuda_graph=True)

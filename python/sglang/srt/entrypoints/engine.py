@@ -28,8 +28,9 @@ from sglang.srt.managers.io_struct import (
     ReqOutput,
     new_rid,
 )
-from sglang.srt.managers.scheduler import Scheduler, load_tokenizer
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_link import LocalLink
+from sglang.srt.managers.scheduler_runner import load_tokenizer
 from sglang.srt.managers.worker_factory import create_worker
 from sglang.srt.server_args import ServerArgs
 

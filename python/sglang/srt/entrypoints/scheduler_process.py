@@ -77,7 +77,7 @@ def _scheduler_main(server_args: ServerArgs, port_args: PortArgs) -> None:
     configure_logging(server_args.log_level, "scheduler")
     threading.Thread(target=_end_with_parent, args=(port_args,), name="parent-watch", daemon=True).start()
     envs.validate()
-    from sglang.srt.managers.scheduler import run_scheduler_process  # imports torch: seconds
+    from sglang.srt.managers.scheduler_runner import run_scheduler_process  # imports torch: seconds
 
     if server_args.device == "cpu":
         _leave_a_core()

@@ -5,12 +5,10 @@ from __future__ import annotations
 import bisect
 import logging
 import random
-import sys
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.managers.heartbeat import HeartbeatSender
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchOutput,
@@ -20,20 +18,19 @@ from sglang.srt.managers.io_struct import (
     GetInternalStateReq,
     GetInternalStateReqOutput,
     ReqOutput,
-    SchedulerFailed,
     SchedulerReady,
     TokenizedGenerateReqInput,
     ToScheduler,
 )
 from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, Req, StepOutput, wrap_int64
-from sglang.srt.managers.scheduler_link import ParentDied, SchedulerLink, ZmqLink, aborted
+from sglang.srt.managers.scheduler_link import SchedulerLink, aborted
 from sglang.srt.managers.stop_checker import StopChecker
 from sglang.srt.managers.throughput import Throughput
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 from sglang.srt.mem_cache.request_memory import RequestMemory
 from sglang.srt.sampling.token_logprob import MAX_TOP_LOGPROBS, TokenLogprob
-from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.server_args import ServerArgs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -383,35 +380,3 @@ def next_chunk(req: Req, budget: int) -> PrefillChunk:
     tokens = req.token_ids
     end = min(req.kv_len + budget, len(tokens))
     return PrefillChunk(req, tokens[req.kv_len : end], tokens[end] if end < len(tokens) else None)
-
-
-def load_tokenizer(tokenizer_path: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer  # slow to import, and not needed by whoever brings a tokenizer
-
-    return AutoTokenizer.from_pretrained(tokenizer_path)
-
-
-def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:
-    """Loads the model, says that it is ready, and serves until the parent process ends this one or dies.
-
-    Where it cannot start or a step fails, it says why (`SchedulerFailed`) and exits with status 1.
-    """
-    from sglang.srt.managers.worker_factory import create_worker  # imports the models
-
-    link, scheduler = ZmqLink(port_args), None
-    try:
-        worker = create_worker(server_args)  # first: it says best what is wrong with the model's files
-        scheduler = Scheduler(server_args, worker, link, load_tokenizer(server_args.tokenizer_path))
-        HeartbeatSender(port_args).start()
-        link.send(scheduler.ready())
-        scheduler.run()
-    except ParentDied as error:
-        logger.error("the scheduler ends: %s", error)
-    except Exception as error:
-        # Before the first request these say what a user gave that cannot be; anything else is a bug.
-        expected = scheduler is None and isinstance(error, (ValueError, OSError))
-        if not expected:
-            logger.exception("the scheduler ends")
-        link.send(SchedulerFailed(str(error) if expected else f"{type(error).__name__}: {error}"))
-        link.close()
-    sys.exit(1)
