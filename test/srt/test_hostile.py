@@ -91,9 +91,11 @@ LOGPROBS = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 
 ROWS = [
     Row("temperature 1e39", GENERATE, lambda: params(temperature=1e39), 400, "sampling_params.temperature"),
     Row("temperature 3.5e38", CHAT, lambda: chat(temperature=3.5e38), 400, "temperature"),
-    Row("30 MB of text", GENERATE, lambda: {"text": "word " * 6_000_000}, 400, "characters"),
+    Row(
+        "30 MB of text", GENERATE, lambda: {"text": "word " * 6_000_000}, 400, "text has 30000000 characters"
+    ),
     Row("text over the length", COMPLETIONS, lambda: {"prompt": "x " * 100_000}, 400, "prompt"),
-    Row("long chat", CHAT, lambda: chat(content="word " * 1_000_000), 400, "messages"),
+    Row("long chat", CHAT, lambda: chat(content="word " * 1_000_000), 400, "characters, which are more than"),
     Row(
         "120,000 stop tokens",
         GENERATE,
