@@ -18,6 +18,7 @@ ROOTS = frozenset(
     {
         "IPython",
         "cuda",
+        "cutlass",
         "deep_gemm",
         "flashinfer",
         "sentencepiece",
