@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ FOLDERS = {"0.5.12": "real_sglang", "0.5.17": "real_sglang_0517"}
 ARCHIVES = {"0.5.12": "v0512.tar.xz", "0.5.17": "delta.tar.xz"}
 OUT = Path(os.environ.get("OUT_DIR", "plugin_gpu"))
 SITE = BUNDLES / "site"  # the plugin's wheel, unpacked, its dist-info included
+PORTS = itertools.count(31000, 50)  # one count for all groups: two may be up at the same time
 
 
 @dataclass
@@ -143,8 +145,8 @@ class Servers:
     def __enter__(self) -> list[Server]:
         started = time.monotonic()
         unpack({server.release for server in self.servers})
-        for i, server in enumerate(self.servers):
-            server.start(31000 + 50 * i)
+        for server in self.servers:
+            server.start(next(PORTS))
             time.sleep(1)
         up = []
         for server in self.servers:

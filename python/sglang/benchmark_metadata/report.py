@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -116,6 +117,9 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _commit() -> str:
+    """COMMIT names the version where the tree has no history of its own, as in the GPU check."""
+    if named := os.environ.get("COMMIT"):
+        return named
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
