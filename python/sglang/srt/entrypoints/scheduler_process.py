@@ -81,7 +81,10 @@ def _scheduler_main(server_args: ServerArgs, port_args: PortArgs) -> None:
 
     if server_args.device == "cpu":
         _leave_a_core()
-    run_scheduler_process(server_args, port_args)
+    try:
+        run_scheduler_process(server_args, port_args)
+    finally:  # it ends: asked once more, it would only be torn out of its clean-up
+        signal.signal(END_SIGNAL, signal.SIG_IGN)
 
 
 def _leave_a_core() -> None:
@@ -95,6 +98,7 @@ def _leave_a_core() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     """Unwinds, so that what the libraries hold (semaphores, temporary files) is given back."""
+    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(0)
 
 
