@@ -85,13 +85,15 @@ cuda: $(VENV)/.torch
 	cmake -S sgl-kernel -B sgl-kernel/build-cuda -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSGL_KERNEL_CUDA=ON
 	cmake --build sgl-kernel/build-cuda --parallel
 
-# What is given to others: built with a CUDA 12.8 compiler, its library serves CUDA 12 and 13 drivers.
+# What is given to others: built with a CUDA 12 compiler, its library serves CUDA 12 and 13 drivers.
+# A compiler before 12.8 does not know sm_100, which then takes sm_90's PTX: RELEASE_ARCHS="80-real;90".
 CUDA_HOME ?= /usr/local/cuda-12.8
+RELEASE_ARCHS ?= 80-real;90-real;100
 cuda-release: $(VENV)/.torch
-	@"$(CUDA_HOME)/bin/nvcc" --version 2>/dev/null | grep -q "release 12\.8" || { echo "CUDA_HOME=$(CUDA_HOME): expected a\
-	 CUDA 12.8 toolkit with bin/nvcc (a library of CUDA 13 needs a driver of the 580 series)" >&2; exit 1; }
+	@"$(CUDA_HOME)/bin/nvcc" --version 2>/dev/null | grep -q "release 12\." || { echo "CUDA_HOME=$(CUDA_HOME): expected a\
+	 CUDA 12 toolkit with bin/nvcc (a library of CUDA 13 needs a driver of the 580 series)" >&2; exit 1; }
 	cmake -S sgl-kernel -B sgl-kernel/build-cuda-release -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DSGL_KERNEL_CUDA=ON \
-		-DSGL_KERNEL_EMULATION=OFF -DCMAKE_CUDA_COMPILER="$(CUDA_HOME)/bin/nvcc"
+		-DSGL_KERNEL_EMULATION=OFF -DCMAKE_CUDA_COMPILER="$(CUDA_HOME)/bin/nvcc" -DCMAKE_CUDA_ARCHITECTURES="$(RELEASE_ARCHS)"
 	cmake --build sgl-kernel/build-cuda-release --parallel
 
 clean:
