@@ -1,0 +1,58 @@
+"""What benchmark/step_trace.py reads out of a trace: steps by their graphs, busy time, gaps, kernels."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark"))
+import step_trace
+
+# (graph, kernels), each kernel 2 us and 1 us after the one before it; then an eager copy, and 20 us nothing.
+GRAPHS = (("draft", 3), ("verify", 5), ("extend", 2))
+
+
+def trace(steps: int) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    now, correlation = 100.0, 0
+
+    def add(category: str, name: str, ts: float, dur: float) -> None:
+        args = {"correlation": correlation}
+        events.append({"ph": "X", "cat": category, "name": name, "ts": ts, "dur": dur, "args": args})
+
+    for _ in range(steps):
+        for graph, kernels in GRAPHS:
+            correlation += 1
+            add("cuda_runtime", "cudaGraphLaunch", now - 5, 4)
+            for _ in range(kernels):
+                add("kernel", f"void at::native::{graph}<float>(int)", now, 2)
+                now += 3
+        correlation += 1
+        add("gpu_memcpy", "Memcpy DtoH", now, 1)
+        now += 21
+    return events
+
+
+@pytest.mark.parametrize("suffix", [".json", ".json.gz"])
+def test_a_step_is_found_and_measured(suffix: str, tmp_path: Path) -> None:
+    raw = json.dumps({"traceEvents": [*trace(6), {"ph": "M", "name": "process_name"}]}).encode()
+    path = tmp_path / f"trace{suffix}"
+    path.write_bytes(gzip.compress(raw) if suffix == ".json.gz" else raw)
+    profile = step_trace.analyse(step_trace.read_events(path))
+    assert (profile.steps, profile.graphs_per_step, profile.step_us) == (5, 3, 51.0)
+    assert (profile.kernels_per_step, profile.eager_per_step) == (11.0, 1.0)
+    assert (profile.busy_us, profile.kernel_gap_us, profile.launch_gap_us) == (21.0, 10.0, 20.0)
+    assert profile.idle_share == pytest.approx(30 / 51)
+    assert [(s.name, s.count, s.us) for s in profile.kernels[:2]] == [("verify", 5, 10), ("draft", 3, 6)]
+    assert [(s.name, s.count) for s in profile.host] == [("cudaGraphLaunch", 3)]
+    assert "| 51 | 21 | 20 | 10 | 58.8% | 11.0 | 1.0 | 3 |" in step_trace.markdown("a step", profile)
+
+
+def test_a_trace_without_two_steps_says_so() -> None:
+    with pytest.raises(ValueError, match="1 graph launches"):
+        step_trace.analyse(trace(1)[:4])
