@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from server_process import ROOT
 from sglang.bench_serving import benchmark
 from sglang.benchmark_metadata.report import environment
 from sglang.benchmark_serving.arguments import parse_args
-from speculation import ROOT, Config, running_server
+from speculation import Config, running_server
 
 CONFIGS = (
     Config("flag 0", True, False),

@@ -14,8 +14,6 @@ import asyncio
 import json
 import os
 import platform
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,11 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from server_process import ROOT, children, free_port, our_command, our_environment, started
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-FLAG = "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA"
-START_TIMEOUT = 600.0
 FALLBACK_PROMPTS = ["import os\n\n\ndef ", "class Stack:\n    def ", "for line in lines:\n    ", "def test_"]
 
 
@@ -77,44 +73,20 @@ class Measurement:
 @contextmanager
 def running_server(config: Config, args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """Yields (url, pid) of a server that is ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", args.model_path]
-    command += ["--device", args.device, "--port", str(port), "--log-level", "warning"]
-    command += [*config.flags(args.steps), *args.server_flags]
-    path = os.pathsep.join([str(ROOT / "python"), str(ROOT / "sgl-kernel" / "python"), *sys.path])
-    env = os.environ | {FLAG: str(int(config.precompute)), "PYTHONPATH": path}
-    process = subprocess.Popen(command, env=env)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        asyncio.run(wait_ready(url, process))
-        yield url, process.pid
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-async def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    async with aiohttp.ClientSession() as session:
-        while True:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not start (exit code {process.returncode})")
-            try:
-                async with session.get(url + "/health") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                await asyncio.sleep(0.2)
+    port = free_port()
+    flags = ["--log-level", "warning", *config.flags(args.steps), *args.server_flags]
+    command = our_command(args.model_path, args.device, port, flags)
+    with started(command, port, our_environment(config.precompute)) as server:
+        server.wait_ready()
+        yield server.url, server.process.pid
 
 
 def resident_mib(pid: int) -> float:
     """Resident memory of a process and of those it started (Linux)."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    own = int(status.split("VmRSS:")[1].split()[0]) / 1024
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return own + sum(resident_mib(int(child)) for child in children)
+    return sum(
+        int(Path(f"/proc/{p}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+        for p in (pid, *children(pid))
+    )
 
 
 def load_prompts(args: argparse.Namespace) -> list[str]:

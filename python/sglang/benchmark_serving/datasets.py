@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import keyword
@@ -153,6 +154,7 @@ def _in_template(prompt: str | list[int], tokenizer: Any | None) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+@functools.cache
 def load_tokenizer(name: str | None) -> Any | None:
     if name is None:
         return None

@@ -18,6 +18,7 @@ class Result:
     end: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    verifications: int | None = None  # of speculation, where the answer says so
     text: str = ""
     error: str | None = None
 
@@ -83,6 +84,7 @@ class Generate:
         meta, before = answer["meta_info"], result.completion_tokens
         result.text, result.prompt_tokens = answer["text"], meta["prompt_tokens"]
         result.completion_tokens = meta["completion_tokens"]
+        result.verifications = meta.get("spec_verify_ct", result.verifications)
         return result.completion_tokens > before
 
 

@@ -81,8 +81,15 @@ class Server:
         return next((path for path in candidates if path and Path(path).is_dir()), None)
 
     async def info(self) -> dict[str, Any] | None:
-        """What a server of SGLang's kind says of itself."""
-        return await self.get_json("/get_server_info") if self.backend.sglang else None
+        """What a server of SGLang's kind says of itself, under the route's newer name or its older one."""
+        if not self.backend.sglang:
+            return None
+        try:
+            return await self.get_json("/server_info")
+        except aiohttp.ClientResponseError as error:
+            if error.status != 404:
+                raise
+        return await self.get_json("/get_server_info")
 
     async def run(self, samples: list[Sample]) -> tuple[list[Result], float]:
         """Warms up, sends all requests, and returns them and the seconds that they took together."""

@@ -1,0 +1,126 @@
+"""Servers that a benchmark starts, waits for and ends, with all processes that they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAG = "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA"
+START_TIMEOUT = 600.0
+END_TIMEOUT = 20.0
+POLL_S = 0.2
+
+
+class ServerFailed(RuntimeError):
+    """A server did not start; the message says how, and where its log is."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def our_command(model_path: str, device: str, port: int | str, flags: Sequence[str]) -> list[str]:
+    """The command line of this tree's server; its environment is `our_environment`."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model_path]
+    return [*command, "--device", device, "--port", str(port), *flags]
+
+
+def our_environment(precompute: bool) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT / "python"), str(ROOT / "sgl-kernel" / "python"), *sys.path])
+    return {FLAG: str(int(precompute)), "PYTHONPATH": path}
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """A command that was started, and what it serves."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path | None
+
+    def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
+        """Until `/health` answers 200. Raises ServerFailed where that does not come."""
+        deadline = time.monotonic() + timeout
+        where = f"; see {self.log}" if self.log else ""
+        while True:
+            if (code := self.process.poll()) is not None:
+                raise ServerFailed(f"the server ended with exit code {code}{where}")
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"the server did not answer within {timeout:g} s{where}")
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=10) as response:
+                    if response.status == 200:
+                        return
+            except OSError:  # not there yet, or an error status
+                pass
+            time.sleep(POLL_S)
+
+
+@contextmanager
+def started(
+    command: Sequence[str] | str, port: int, env: Mapping[str, str], log: Path | None = None
+) -> Iterator[ServerProcess]:
+    """Runs the command (a string: in a shell), which serves that port, until the context ends.
+
+    `log` takes what it writes; without one it goes where the benchmark's own output goes.
+    """
+    with log.open("wb") if log else nullcontext() as out:
+        process = subprocess.Popen(
+            command,
+            shell=isinstance(command, str),
+            env=os.environ | env,
+            stdout=out,
+            stderr=subprocess.STDOUT if out else None,
+        )
+        try:
+            yield ServerProcess(process, f"http://127.0.0.1:{port}", log)
+        finally:
+            _end(process)
+
+
+def children(pid: int) -> list[int]:
+    """All processes below one (Linux), those that called setsid too."""
+    try:
+        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return []
+    return [p for child in map(int, below) for p in (child, *children(child))]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Asks the command to end, and then whatever it started and left behind."""
+    below = children(process.pid)
+    process.terminate()
+    try:
+        process.wait(END_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = [pid for pid in below if _signal(pid, number)]
+        deadline = time.monotonic() + END_TIMEOUT / 2
+        while left and time.monotonic() < deadline:
+            time.sleep(POLL_S / 4)
+            left = [pid for pid in left if _signal(pid, 0)]
+        below = left
+
+
+def _signal(pid: int, number: int) -> bool:
+    """Whether the process is still there (a zombie, which init or its parent will reap, is not)."""
+    try:
+        os.kill(pid, number)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,93 @@
+"""benchmark/compare_servers.py: two servers by turns and one that does not start; its processes all end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from server_fixture import MODEL_NAME, ROOT, SPECULATIVE_FLAGS, is_running
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import server_process
+from compare_servers import Case, Row, build_parser, candidates, table
+
+
+def test_servers_by_turns_and_one_that_fails(dummy_model: Path, tmp_path: Path) -> None:
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    launch = f"{sys.executable} -m sglang.launch_server --model-path {dummy_model} --device cpu"
+    flags = f"--port {{port}} --served-model-name {MODEL_NAME} {' '.join(SPECULATIVE_FLAGS)}"
+    path = ":".join([str(ROOT / "python"), str(ROOT / "sgl-kernel" / "python")])
+    command = [
+        sys.executable,
+        str(ROOT / "benchmark" / "compare_servers.py"),
+        "--model-path",
+        str(dummy_model),
+    ]
+    command += ["--ours", "ours", "--max-total-tokens 8192", "--server", "broken", "echo {port} is no server"]
+    # Behind a shell, in a session of its own, and asked as OpenAI's servers are.
+    command += ["--server", "theirs", f"PYTHONPATH={path}:$PYTHONPATH setsid {launch} {flags} & wait", "vllm"]
+    command += ["--cases", "40x1", "30x3", "--output-len", "6", "--rounds", "1", "--together", "--steps", "3"]
+    command += ["--json", str(out), "--plot", str(picture), "--logs", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "broken: the server ended with exit code 0; see" in done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert [(r["case"], r["server"]) for r in results] == [
+        (case, server) for case in ("40x1", "30x3") for server in ("ours", "theirs")
+    ]
+    for result in results:
+        (figures,) = result["rounds"]
+        assert result["failed"] == 0 and all(value > 0 for value in figures.values())
+        assert (result["accept_length"] is not None) == (result["server"] == "ours")  # vllm's form has none
+    assert done.stdout.splitlines()[-1].startswith("| 30x3 | ") and picture.stat().st_size > 1000
+
+
+def test_what_a_server_leaves_behind_is_ended(tmp_path: Path) -> None:
+    """A process that left the session of the command that started it outlived the benchmark."""
+    script = "setsid sleep 60 & echo $! > pid; python3 -m http.server {port}"
+    port = server_process.free_port()
+    (tmp_path / "health").write_text("well")
+    command = f"cd {tmp_path}; " + script.format(port=port)
+    with server_process.started(command, port, {}, log=tmp_path / "log") as server:
+        server.wait_ready(60)
+        left = int((tmp_path / "pid").read_text())
+        assert is_running(left)
+    deadline = time.monotonic() + 10
+    while is_running(left):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ([], "at least one server"),
+        (["--ours", "a", "--ours", "a"], "a name of its own"),
+        (["--server", "a"], "takes NAME COMMAND"),
+        (["--server", "a", "serve"], r"must hold \{port\}, got 'serve'"),
+        (["--server", "a", "serve {port}", "tgi"], "BACKEND must be one of .* got 'tgi'"),
+    ],
+)
+def test_servers_that_cannot_be_used_are_refused(flags: list[str], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        candidates(build_parser().parse_args(["--model-path", "model", *flags]))
+
+
+@pytest.mark.parametrize("text", ["600", "x8", "600x", "0x1", "600x-1", "axb"])
+def test_a_case_that_is_none_is_named(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"LENxN, as in 600x8, got '{text}'"):
+        Case.parse(text)
+
+
+def test_the_table_has_the_median_round_and_a_dash_for_what_is_missing() -> None:
+    rounds = [
+        {"output_throughput": t, "mean_ttft_ms": 10.0, "mean_tpot_ms": None} for t in (300.0, 100.0, 200.0)
+    ]
+    text = table([Row("a", "5x1", rounds, 0, None)], ["a", "b"], [Case(5, 1)])
+    assert text.splitlines()[-1] == "| 5x1 | 200, 10, - | -, -, - |"
