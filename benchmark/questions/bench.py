@@ -1,0 +1,134 @@
+"""What the questions measure with: one row for each call, as the metadata benchmark measures its lines."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from sglang.benchmark_metadata.cases import BenchCase
+from sglang.benchmark_metadata.measure import (
+    Budget,
+    Call,
+    Timing,
+    capture_graph,
+    copy_bandwidth,
+    count_activity,
+    graph_time_us,
+    measure_all,
+    no_garbage_collection,
+    synchronize,
+)
+from sglang.benchmark_metadata.run import Settings, run_grid
+
+Row = dict[str, Any]  # one measurement: labels, then times in microseconds
+
+_NODES = 50  # of one call in the graph that tells what a node costs
+_LOOP_SECONDS = 0.05
+
+
+@dataclass
+class Bench:
+    """Measures on one device. `quick` is for tests: the smallest sizes and few repetitions."""
+
+    device: torch.device
+    quick: bool = False
+    _metadata: dict[BenchCase, list[Row]] = field(default_factory=dict)
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(0.001, 5, 2) if self.quick else Budget(0.02)
+
+    def rows(
+        self,
+        calls: Mapping[str, Call],
+        *,
+        graphs: bool = True,
+        eager_only: Collection[str] = (),
+        **labels: Any,
+    ) -> list[Row]:
+        """One row for each call, all measured in turns: completion and enqueue, launches, time on the GPU;
+        with `graphs` on CUDA also as a graph of its own, but for those that cannot be captured."""
+        found = list(calls.values())
+        timings = measure_all(found, _nothing, self.device, self.budget)
+        rows = []
+        for name, timing, activity in zip(calls, timings, count_activity(found, self.device)):
+            row = {"method": name, **labels, **_times(timing), "launches": activity.count}
+            row["gpu_us"] = activity.kernel_us
+            rows.append(row)
+            if graphs and self.cuda and name not in eager_only:
+                row |= self._as_graph(calls[name])
+        return rows
+
+    def _as_graph(self, call: Call) -> Row:
+        """A graph of the call alone: completion of a replay, and time on the GPU less an empty graph's."""
+        graph = capture_graph(call, self.device)
+        (replay,) = measure_all([graph.replay], _nothing, self.device, self.budget)
+        on_gpu = graph_time_us(graph, self.device) - self._empty_graph_us
+        times = _times(replay)
+        return {
+            "graph_completion_us": times["completion_us"],
+            "graph_enqueue_us": times["enqueue_us"],
+            "graph_gpu_us": round(max(on_gpu, 0.0), 2),
+        }
+
+    @cached_property
+    def _empty_graph_us(self) -> float:
+        return graph_time_us(capture_graph(_nothing, self.device), self.device)
+
+    def node_us(self, call: Call) -> float:
+        """CUDA: time of one node where a graph runs the call many times in a row. CPU: completion."""
+        if not self.cuda:
+            return self.rows({"": call})[0]["completion_us"]
+        call()
+        graph = capture_graph(lambda: [call() for _ in range(_NODES)], self.device)
+        return round(graph_time_us(graph, self.device) / _NODES, 3)
+
+    def loop_us(self, call: Call) -> float:
+        """Calls in a row with one synchronization at their end: the larger of host and GPU time of one."""
+        most, medians = (3 if self.quick else 1000), []
+        for _ in range(3):
+            synchronize(self.device)
+            with no_garbage_collection():
+                started, count = time.perf_counter(), 0
+                while count < most and (count < 3 or time.perf_counter() - started < _LOOP_SECONDS):
+                    call()
+                    count += 1
+                synchronize(self.device)
+                medians.append((time.perf_counter() - started) / count * 1e6)
+        return round(statistics.median(medians), 2)
+
+    def bandwidth_us(self, size: int) -> float:
+        """What `size` bytes, read and written, take at the bandwidth of a copy far above the cache."""
+        largest = (1 << 22) if self.quick else (4 << 30) if self.cuda else (1 << 28)
+        return round(size / copy_bandwidth(self.device, largest) * 1e6, 2)
+
+    def metadata(self, cases: list[BenchCase]) -> list[Row]:
+        """The metadata benchmark's own rows; a case that another question asked for is not run again."""
+        missing = [case for case in cases if case not in self._metadata]
+        held = torch.cuda.mem_get_info(self.device)[0] // 2 if self.cuda else 4 << 30
+        for case in missing:
+            rows = run_grid([case], Settings(self.device, self.budget, held))
+            self._metadata[case] = [row.json() for row in rows]
+        return [row for case in cases for row in self._metadata[case]]
+
+
+def _nothing(*_: int) -> None:
+    pass
+
+
+def _times(timing: Timing) -> Row:
+    return {
+        "completion_us": round(statistics.median(timing.completion), 2),
+        "completion_p10_us": round(timing.percentile(timing.completion, 10), 2),
+        "completion_p90_us": round(timing.percentile(timing.completion, 90), 2),
+        "enqueue_us": round(statistics.median(timing.enqueue), 2),
+    }

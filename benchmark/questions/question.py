@@ -1,0 +1,114 @@
+"""A question of the study: how it is measured, its tables, and its plot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .bench import Bench, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Table:
+    """Printed as markdown; a cell that is a number is rounded, None is a dash."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def __str__(self) -> str:
+        lines = [list(self.headers), ["---", *["---:"] * (len(self.headers) - 1)]]
+        lines += [[_cell(value) for value in row] for row in self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclass(frozen=True)
+class Question:
+    """`measure` gives rows for the JSON; `tables` and `plot` are made of such rows alone."""
+
+    name: str  # of its file, its plot and its place in the document
+    title: str
+    measure: Callable[[Bench], list[Row]]
+    tables: Callable[[list[Row]], list[Table]]
+    plot: Callable[[list[Row], str, Path], None]
+    needs_cuda: bool = False
+
+
+def select(rows: Sequence[Row], **labels: Any) -> list[Row]:
+    """The rows with all of these labels."""
+    return [row for row in rows if all(row.get(key) == value for key, value in labels.items())]
+
+
+def only(rows: Sequence[Row], **labels: Any) -> Row:
+    """The one row with these labels."""
+    (row,) = select(rows, **labels)
+    return row
+
+
+def unique(rows: Sequence[Row], label: str) -> list[Any]:
+    """The values of a label, in the order in which they come."""
+    return list(dict.fromkeys(row[label] for row in rows if label in row))
+
+
+def pivot(rows: Sequence[Row], down: str, across: str, value: str, name: str) -> Table:
+    """A table of one value, by two labels."""
+    columns = unique(rows, across)
+    cells = {(row[down], row[across]): row.get(value) for row in rows}
+    lines = [[first, *(cells.get((first, column)) for column in columns)] for first in unique(rows, down)]
+    return Table([name, *map(str, columns)], lines)
+
+
+def figure(title: str, where: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    import matplotlib.pyplot as plt
+
+    drawn, axes = plt.subplots(
+        1, panels, figsize=(5.2 * max(panels, 1.6), 4.6), layout="constrained", squeeze=False
+    )
+    drawn.suptitle(f"{title}\n{where}", fontsize=11)
+    for one in axes[0]:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(True, alpha=0.25)
+    return drawn, list(axes[0])
+
+
+def bars(
+    axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str], unit: str = "us"
+) -> None:
+    """Horizontal bars, the first on top, each with its value."""
+    places = range(len(labels))[::-1]
+    axes.barh(places, values, color=colours, height=0.7)
+    for place, value in zip(places, values):
+        axes.text(value + max(values) * 0.01, place, f"{value:.1f}", va="center", fontsize=8)
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.set_xlim(0, max(values) * 1.15)
+    axes.set_xlabel(unit)
+    axes.grid(False, axis="y")
+
+
+def save(drawn: Figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    drawn.savefig(path, dpi=140)
+    plt.close(drawn)
+
+
+def size_name(size: int) -> str:
+    """Bytes in the largest unit that leaves a whole number."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024 or size % 1024:
+            return f"{size} {unit}"
+        size //= 1024
+    return f"{size} GiB"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() and value < 1000 else f"{value:.1f}"
+    return str(value)
