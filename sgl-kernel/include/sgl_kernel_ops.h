@@ -12,7 +12,7 @@ namespace sgl_kernel {
 
 // Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another
 // number.
-constexpr int64_t kAbiVersion = 3;
+constexpr int64_t kAbiVersion = 4;
 
 using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 
@@ -31,6 +31,13 @@ BoxedOperator fused_metadata_copy;
 BoxedOperator fused_metadata_copy_multi;
 std::string fused_metadata_copy_schema();
 std::string fused_metadata_copy_multi_schema();
+
+// Sources that are new at every step into a captured graph's inputs: any fields, and mini-sglang's six.
+BoxedOperator replay_copy_plan;
+BoxedOperator replay_copy_run;
+BoxedOperator replay_copy_once;
+BoxedOperator fused_copy_replay_data;
+std::string fused_copy_replay_data_schema();
 
 // seq_lens, req_pool_indices, req_to_token -> all fields of N destinations.
 BoxedOperator nsa_metadata_generate_plan;

@@ -1,4 +1,4 @@
-"""Stand-alone fuzzer: random copy and generation cases, each compared with plain torch to the last byte.
+"""Stand-alone fuzzer: random copies and generations, each compared with plain torch to the last byte.
 
     python sgl-kernel/tests/fuzz_metadata.py --device cuda --seconds 120 --cases 100000 --jobs 8
 
@@ -20,6 +20,7 @@ import sgl_kernel  # noqa: E402
 import torch  # noqa: E402
 from copy_cases import CopyRig, random_copy_case  # noqa: E402
 from generate_cases import GenerateRig, random_generate_case  # noqa: E402
+from replay_cases import ReplayRig, random_replay_case  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,10 +35,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_plan(seed: int, runs: int, device: str) -> int:
-    """Two plans in three are generations; returns the number of cases checked."""
+    """Half of the plans are generations; returns the number of cases checked."""
     rng = random.Random(seed)
-    if seed % 3 == 0:
+    if seed % 4 == 0:
         return CopyRig(random_copy_case(rng.randint, runs), device).check()
+    if seed % 4 == 1:
+        return ReplayRig(random_replay_case(rng.randint, runs), device).check()
     return GenerateRig(random_generate_case(rng.randint, runs), device).check()
 
 

@@ -12,11 +12,13 @@ import sgl_kernel  # noqa: E402
 import test_fused_metadata_copy as copy_tests  # noqa: E402
 import test_nsa_metadata_generate as generate_tests  # noqa: E402
 import test_paged_mqa_schedule as schedule_tests  # noqa: E402
+import test_replay_copy as replay_tests  # noqa: E402
 import test_sglang_calls as sglang_tests  # noqa: E402
 import torch  # noqa: E402
 from arena import assert_same  # noqa: E402
 from copy_cases import CopyCase, CopyRig  # noqa: E402
 from generate_cases import GenerateRig, generate_case  # noqa: E402
+from replay_cases import ReplayRig  # noqa: E402
 from sgl_kernel import PagedMQASplit  # noqa: E402
 
 # All destinations of a step in one launch, and those of readers that need the vectors alone.
@@ -48,6 +50,8 @@ def main() -> None:
         rig = sglang_tests.SGLangRig(case, "cuda")
         rig.call(rig.buffer)
         assert_same(rig.arena, rig.buffer, rig.expected(), case)
+    for case in replay_tests.CASES:
+        ReplayRig(case, "cuda").check()
     for case in DESTINATIONS:
         GenerateRig(case, "cuda").check()
     for lens, next_n, num_sms in schedule_tests.CORNERS:

@@ -18,7 +18,10 @@ from sgl_kernel import (
     NSAMetadataGeneratePlan,
     PagedMQASchedule,
     PagedMQASchedulePlan,
+    ReplayCopyPlan,
+    ReplayField,
 )
+from test_replay_copy import good as good_replay
 from test_sglang_calls import good_arguments
 
 Setup = Callable[[str], tuple[torch.Tensor, torch.Tensor, Callable[[], None]]]
@@ -60,8 +63,21 @@ def sglang(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
     return arguments["page_indices_src"], arguments["page_table_1_dst"], call
 
 
+def replay(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    source = torch.arange(6, dtype=torch.int32, device=device)
+    written = torch.zeros(8, dtype=torch.int32, device=device)
+    plan = ReplayCopyPlan([ReplayField("lengths", written, extra=1)])
+    return source, written, lambda: plan.run([source], 5)
+
+
+def replay_call(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    arguments = good_replay(device)
+    call = lambda: sgl_kernel.fused_copy_replay_data(**arguments)  # noqa: E731
+    return arguments["src_page_table"], arguments["dst_page_table"], call
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("setup", [copy, generate, schedule, sglang])
+@pytest.mark.parametrize("setup", [copy, generate, schedule, sglang, replay, replay_call])
 def test_fullgraph(setup: Setup, backend: str, device: str) -> None:
     def outputs(compiled: bool) -> list[torch.Tensor]:
         source, written, call = setup(device)

@@ -18,6 +18,7 @@ CASES = [
     "test_fused_metadata_copy.py",
     "test_nsa_metadata_generate.py",
     "test_paged_mqa_schedule.py",
+    "test_replay_copy.py",
     "test_replays.py",
     "test_sglang_calls.py",
 ]

@@ -19,7 +19,8 @@ from .paged_mqa_schedule import (
     PagedMQASplit,
     find_split,
 )
-from .replays import bind_copy, bind_generate, bind_generate_and_copy
+from .replay_copy import ReplayCopyPlan, ReplayField, fused_copy_replay_data
+from .replays import bind_copy, bind_generate, bind_generate_and_copy, bind_replay_copy
 
 __all__ = [
     "DEEP_GEMM_SPLITS",
@@ -30,11 +31,15 @@ __all__ = [
     "PagedMQASchedule",
     "PagedMQASchedulePlan",
     "PagedMQASplit",
+    "ReplayCopyPlan",
+    "ReplayField",
     "available",
     "bind_copy",
     "bind_generate",
     "bind_generate_and_copy",
+    "bind_replay_copy",
     "find_split",
+    "fused_copy_replay_data",
     "fused_metadata_copy_cuda",
     "fused_metadata_copy_multi_cuda",
     "load_error",

@@ -35,11 +35,11 @@ class Plan:
         self._plan = make(*self._memory)  # uint8 on the CPU: csrc/plan.h
         self.launches = int(self._plan[8:16].view(torch.int64)[0])  # PlanHeader::num_launches
 
-    def _enqueue(self, *integers: int) -> None:
+    def _enqueue(self, *arguments: Any) -> None:
         if torch.compiler.is_compiling():
-            self._once(*self._arguments, *integers)
+            self._once(*self._arguments, *arguments)
         else:
-            self._run(self._plan, *integers)
+            self._run(self._plan, *arguments)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} holds addresses of tensors: it cannot be copied or pickled")

@@ -6,10 +6,13 @@ keeps the plans and their tensors alive. `plan.run()` does the same and is what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
 
 from ._library import entry
 from .fused_metadata import FusedMetadataCopyPlan, NSAMetadataGeneratePlan
+from .replay_copy import ReplayCopyPlan
 
 Replay = Callable[[int], None]
 
@@ -41,5 +44,16 @@ def bind_generate_and_copy(generate: NSAMetadataGeneratePlan, copy: FusedMetadat
 
     def replay(max_len: int, _alive: object = (generate, copy)) -> None:
         run(generate_plan, copy_plan, max_len)
+
+    return replay
+
+
+def bind_replay_copy(copy: ReplayCopyPlan) -> Callable[[Sequence[torch.Tensor], int, int], None]:
+    """A copy of tensors that are new at every step. What is returned takes the arguments of
+    `ReplayCopyPlan.run`, with the sources in a list."""
+    run, plan = entry(copy.device_type, "replay_copy_run"), copy._plan
+
+    def replay(sources: Sequence[torch.Tensor], batch_size: int, width: int, _alive: object = copy) -> None:
+        run(plan, sources, batch_size, width)
 
     return replay

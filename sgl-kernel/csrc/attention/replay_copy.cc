@@ -1,0 +1,222 @@
+// The copy of what a captured graph reads besides its metadata: the sources are new tensors at every step, the
+// destinations stay. So the sources' addresses, the batch size and the live width are arguments of the launch; the rest
+// is in the plan. The kernel is that of fused_metadata_copy.
+#include <algorithm>
+#include <cctype>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "attention/copy_launch.h"
+#include "plan.h"
+#include "sgl_kernel_ops.h"
+#include "stack.h"
+
+namespace sgl_kernel {
+namespace {
+
+constexpr uint64_t kMagic = 0x7265706c6179u * 256 + kAbiVersion;
+constexpr int64_t kMost = 0x7fffffff;  // of the two integers of a run
+
+// One destination: [most requests + extra], or a table [most requests, most columns]; int32.
+struct ReplayField {
+  char name[32];
+  char* data;
+  int64_t dim, rows, cols, row_stride;  // as in TensorView
+  int64_t extra;                        // 1-D: live elements beyond the batch size
+
+  // The live part: one row of a vector, or rows of a table.
+  int64_t live_rows(int64_t batch_size) const { return dim == 1 ? 1 : batch_size; }
+  int64_t live_cols(int64_t batch_size, int64_t width) const { return dim == 1 ? batch_size + extra : width; }
+};
+
+struct ReplayFields {
+  int64_t count = 0;
+  ReplayField fields[kMaxCopyRegions];
+
+  bool counts_fit() const { return count > 0 && count <= kMaxCopyRegions; }
+
+  void add(const char* op, const char* name, int64_t extra, AtenTensorHandle destination, int32_t device_index) {
+    ReplayField& field = fields[count++];
+    std::strncpy(field.name, name, sizeof(field.name) - 1);
+    field.name[sizeof(field.name) - 1] = '\0';
+    TensorView view = view_tensor(destination, {"dst_", field.name});
+    const Expected expected{device_index,    aoti_torch_dtype_int32(), view.dim == 2 ? 2 : 1, view.rows, view.cols,
+                            /*written=*/true};
+    check_tensor(op, view, expected);
+    field.data = view.data, field.dim = view.dim, field.extra = extra;
+    field.rows = view.rows, field.cols = view.cols, field.row_stride = view.row_stride;
+  }
+};
+
+TensorView destination_of(const ReplayField& field) {
+  TensorView view;
+  view.name = {"dst_", field.name};
+  view.data = field.data, view.dim = field.dim;
+  view.rows = field.rows, view.cols = field.cols, view.row_stride = field.row_stride;
+  return view;
+}
+
+void check_size(const char* op, const char* name, int64_t value) {
+  if (value < 0 || value > kMost) reject(op, {name}, "0 .. 2147483647", value);
+}
+
+// One launch; none for an empty batch. `sources`: a handle for each field.
+template <typename Handle>
+void copy_fields(const char* op, const ReplayFields& plan, const Handle* sources, int64_t batch_size, int64_t width,
+                 int32_t device_index) {
+  RegionArgs regions[kMaxCopyRegions];
+  TensorView dsts[kMaxCopyRegions];
+  for (int f = 0; f < plan.count; ++f) {
+    const ReplayField& field = plan.fields[f];
+    const int64_t rows = field.live_rows(batch_size), cols = field.live_cols(batch_size, width);
+    dsts[f] = destination_of(field);
+    check_shape(op, dsts[f], rows, cols);
+    RegionArgs& region = regions[f];
+    region.src = view_tensor(sources[f].get(), {"src_", field.name});
+    check_tensor(op, region.src, {device_index, aoti_torch_dtype_int32(), field.dim, rows, cols});
+    region.dsts = &dsts[f], region.num_dsts = 1;
+    region.extent.rows = rows, region.extent.cols = cols;
+  }
+  if (batch_size == 0) return;
+  Access accesses[2 * kMaxCopyRegions];
+  check_overlaps(op, regions, static_cast<int>(plan.count), accesses);
+  CopyLaunch launch;
+  for (int f = 0; f < plan.count; ++f) {
+    int next = 0;
+    if (regions[f].extent.cols > 0) launch.add(regions[f], next);
+  }
+  launch.set_extents(launch.params, -1, -1);
+  backend::launch_copy(launch.params, device_index);
+}
+
+// ---- the plan: any fields, described by data --------------------------------------------------------------------
+
+constexpr const char* kOp = "replay_copy";
+
+std::vector<std::string> split_names(const std::string& text) {
+  std::vector<std::string> names(1);
+  for (const char c : text) {
+    if (c == ',') {
+      names.emplace_back();
+    } else {
+      names.back() += c;
+    }
+  }
+  return names;
+}
+
+void check_name(const std::string& name) {
+  const bool fits = !name.empty() && name.size() < sizeof(ReplayField::name);
+  if (fits && std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isalnum(c) || c == '_'; }))
+    return;
+  reject(kOp, {"names"}, "names of 1 .. 31 letters, digits and underscores", "'" + name + "'");
+}
+
+// Checks and packs what the first three places of the stack hold.
+Planned<ReplayFields> make_replay_plan(StableIValue* stack) {
+  auto dsts = take<std::vector<torch::stable::Tensor>>(stack[0]);
+  const std::vector<std::string> names = split_names(take<std::string>(stack[1]));
+  const auto extras = take<std::vector<int64_t>>(stack[2]);
+  if (dsts.empty() || dsts.size() > kMaxCopyRegions) {
+    reject(kOp, {"fields"}, "1 .. " + std::to_string(kMaxCopyRegions), dsts.size());
+  }
+  if (names.size() != dsts.size() || extras.size() != dsts.size()) {
+    reject(kOp, {"fields"}, "lists of one length", "lists of different lengths");
+  }
+  ReplayFields plan;
+  int32_t device_index = 0;
+  check_shim(aoti_torch_get_device_index(dsts[0].get(), &device_index), "a device index");
+  for (size_t f = 0; f < dsts.size(); ++f) {
+    check_name(names[f]);
+    plan.add(kOp, names[f].c_str(), extras[f], dsts[f].get(), device_index);
+    const ReplayField& field = plan.fields[f];
+    if (extras[f] < 0 || extras[f] > (field.dim == 1 ? field.cols : 0)) {
+      reject(kOp, {"dst_", field.name}, "an extra of 0, or of at most its elements where it is 1-D", extras[f]);
+    }
+  }
+  Access accesses[kMaxCopyRegions];
+  TensorView views[kMaxCopyRegions];
+  for (int64_t f = 0; f < plan.count; ++f) {
+    views[f] = destination_of(plan.fields[f]);
+    const Footprint bytes{views[f].data, views[f].rows, views[f].cols * 4, views[f].row_stride * 4};
+    accesses[f] = {bytes, &views[f], true, f};
+  }
+  check_apart(kOp, accesses, accesses + plan.count, "source");
+  backend::prepare(device_index);
+  return {{kMagic, 1, device_index, backend::device_type(), {0, 0}}, {plan}, std::move(dsts)};
+}
+
+void run(const PlanView<ReplayFields>& plan, StableIValue* stack) {
+  const auto sources = take<std::vector<torch::stable::Tensor>>(stack[0]);
+  const int64_t batch_size = take<int64_t>(stack[1]), width = take<int64_t>(stack[2]);
+  check_size(kOp, "batch_size", batch_size);
+  check_size(kOp, "width", width);
+  const auto wanted = static_cast<size_t>(plan.begin->count);
+  if (sources.size() != wanted) reject(kOp, {"srcs"}, std::to_string(wanted) + " tensors", sources.size());
+  copy_fields(kOp, *plan.begin, sources.data(), batch_size, width, plan.header->device_index);
+}
+
+// ---- the call: mini-sglang's six ----------------------------------------------------------------------------------
+
+struct NamedField {
+  const char* name;
+  int64_t extra;
+};
+constexpr NamedField kReplayData[] = {{"input_ids", 0}, {"out_loc", 0},  {"cu_seqlens_k", 1},
+                                      {"positions", 0}, {"seq_lens", 0}, {"page_table", 0}};
+constexpr int kReplayDataFields = std::size(kReplayData);
+constexpr int kPageTable = kReplayDataFields - 1;
+
+}  // namespace
+
+void replay_copy_plan(StableIValue* stack, uint64_t, uint64_t) {
+  const auto plan = make_replay_plan(stack);
+  stack[0] = torch::stable::detail::from(plan.as_tensor());
+}
+
+void replay_copy_run(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorHandle plan = take_tensor(stack[0]);
+  run(open_plan<ReplayFields>(kOp, plan.get(), kMagic), stack + 1);
+}
+
+void replay_copy_once(StableIValue* stack, uint64_t, uint64_t) {
+  const auto plan = make_replay_plan(stack);
+  run(plan.view(), stack + 3);
+}
+
+std::string fused_copy_replay_data_schema() {
+  std::string text = "fused_copy_replay_data(";
+  for (const NamedField& field : kReplayData) text += std::string("Tensor src_") + field.name + ", ";
+  for (int f = 0; f < kReplayDataFields; ++f) {
+    text += "Tensor(" + std::string(1, static_cast<char>('a' + f)) + "!) dst_" + kReplayData[f].name + ", ";
+  }
+  return text + "int batch_size, int max_seqlen_k) -> ()";
+}
+
+void fused_copy_replay_data(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* kCall = "fused_copy_replay_data";
+  TensorHandle handles[2 * kReplayDataFields];
+  for (int k = 0; k < 2 * kReplayDataFields; ++k) handles[k] = take_tensor(stack[k]);
+  const TensorHandle *const sources = handles, *const destinations = handles + kReplayDataFields;
+  const int64_t batch_size = take<int64_t>(stack[2 * kReplayDataFields]);
+  const int64_t max_seqlen_k = take<int64_t>(stack[2 * kReplayDataFields + 1]);
+  check_size(kCall, "batch_size", batch_size);
+  check_size(kCall, "max_seqlen_k", max_seqlen_k);
+
+  int32_t device_index = 0;
+  check_shim(aoti_torch_get_device_index(destinations[0].get(), &device_index), "a device index");
+  ReplayFields plan;
+  for (int f = 0; f < kReplayDataFields; ++f) {
+    plan.add(kCall, kReplayData[f].name, kReplayData[f].extra, destinations[f].get(), device_index);
+    const int64_t rank = f == kPageTable ? 2 : 1;
+    if (plan.fields[f].dim != rank) {
+      reject(kCall, {"dst_", kReplayData[f].name}, "rank " + std::to_string(rank), plan.fields[f].dim);
+    }
+  }
+  backend::prepare(device_index);  // the kernels, once: this has no plan that could
+  copy_fields(kCall, plan, sources, batch_size, max_seqlen_k, device_index);
+}
+
+}  // namespace sgl_kernel
