@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,15 @@ from sglang_nsa.family import Installed
 from sglang_nsa.own_path import Batch
 from sglang_nsa.real_classes import Sizes, StaticBuffers, set_attributes, token_table
 
-CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("PLUGIN_TEST_DEVICE", "cpu"))
+ON_GPU = (
+    DEVICE.type == "cuda"
+)  # then nothing is replaced: the comparisons alone are run there (gpu/other_release.py)
 
 
 def model_runner(sizes: Sizes, **server_args: Any) -> SimpleNamespace:
     return SimpleNamespace(
-        sizes=sizes, req_to_token=token_table(sizes, CPU), server_args=SimpleNamespace(**server_args)
+        sizes=sizes, req_to_token=token_table(sizes, DEVICE), server_args=SimpleNamespace(**server_args)
     )
 
 
@@ -36,7 +40,7 @@ class Runner:
 
     def __init__(self, installed: Installed, wrapper: Any, max_bs: int) -> None:
         self.installed, self.wrapper = installed, wrapper
-        self.buffers = StaticBuffers(installed, max_bs, CPU)
+        self.buffers = StaticBuffers(installed, max_bs, DEVICE)
         self.captured: dict[int, Batch] = {}
         wrapper.init_cuda_graph_state(max_bs, max_bs)
 
@@ -69,6 +73,8 @@ FUSED_COPY_MODULES = (
 def replace_fused_copy(monkeypatch: Any, library: Any | None) -> None:
     """SGLang compiles its fused copy for a GPU at first use. Without one it copies tensor by tensor instead
     (library None); or a library's calls for CPU tensors stand in for it."""
+    if ON_GPU:
+        return
 
     def missing(*args: Any) -> None:
         raise ImportError("no GPU")
@@ -89,6 +95,8 @@ NUM_SMS = 7
 
 def replace_deep_gemm(monkeypatch: Any, installed: Installed) -> None:
     """The branches for CUDA, with DeepGEMM's schedule computed in plain torch."""
+    if ON_GPU:
+        return
     from sglang_nsa.nsa.schedules import paged_mqa_logits_schedule
 
     deep_gemm = SimpleNamespace(
@@ -107,6 +115,8 @@ def replace_deep_gemm(monkeypatch: Any, installed: Installed) -> None:
 
 def replace_flashmla(monkeypatch: Any, installed: Installed) -> None:
     """FlashMLA's tiles: they depend on the number of rows alone."""
+    if ON_GPU:
+        return
     kind = getattr(installed.module, f"{installed.family.prefix.upper()}FlashMLAMetadata")
 
     def compute(backend: Any, cache_seqlens: torch.Tensor, seq_len_q: int) -> Any:

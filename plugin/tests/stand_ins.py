@@ -28,6 +28,7 @@ ROOTS = frozenset(
         "triton",
     }
 )
+OWN = ("sglang", "sglang_nsa")  # never stood in for
 
 
 class _EmptyClass(type):
@@ -71,7 +72,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Any = None, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in self.roots:
+        if not any(name == root or name.startswith(f"{root}.") for root in self.roots):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -86,6 +87,34 @@ def install() -> None:
     sys.meta_path.insert(0, _Finder(ROOTS))
 
 
-def install_missing(roots: frozenset[str] = ROOTS) -> None:
-    """Stands in only for what is not installed."""
-    sys.meta_path.append(_Finder(roots))
+def import_with_stand_ins(name: str) -> list[str]:
+    """Imports a module of SGLang's where other packages are not of the versions that it was released with.
+
+    What it asks of them and they do not have is stood in for; returns the names. Raises what else goes wrong.
+    """
+    stood_in: list[str] = []
+    while True:
+        try:
+            importlib.import_module(name)
+            return stood_in
+        except ModuleNotFoundError as error:
+            missing = str(error.name)
+            if missing.partition(".")[0] in OWN or missing in stood_in:
+                raise
+            sys.meta_path.append(_Finder(frozenset({missing})))
+            stood_in.append(missing)
+        except (ImportError, AttributeError) as error:
+            owner, attribute = _asked(error)
+            if owner is None or owner.__name__.partition(".")[0] in OWN:
+                raise
+            setattr(owner, attribute, _new(attribute))
+            stood_in.append(f"{owner.__name__}.{attribute}")
+
+
+def _asked(error: ImportError | AttributeError) -> tuple[ModuleType | None, str]:
+    """The module and the attribute that it does not have."""
+    if isinstance(error, ImportError):
+        owner, attribute = sys.modules.get(error.name or ""), getattr(error, "name_from", None)
+    else:
+        owner, attribute = error.obj, error.name
+    return (owner if isinstance(owner, ModuleType) and attribute else None), str(attribute)

@@ -17,7 +17,7 @@ def served_runner(plugin, monkeypatch, layout, steps, decode="flashmla_sparse", 
     harness.replace_constructor(monkeypatch, installed)
     harness.replace_deep_gemm(monkeypatch, installed)
     harness.replace_flashmla(monkeypatch, installed)
-    sizes = Sizes(context_len=CONTEXT, topk=64, decode=decode)
+    sizes = Sizes(context_len=CONTEXT, topk=2048 if harness.ON_GPU else 64, decode=decode)
     return harness.Runner(installed, installed.wrapper_class(harness.model_runner(sizes), 1, steps), 8)
 
 

@@ -11,36 +11,43 @@ from sglang_nsa.hooks import draft_metadata_of
 from sglang_nsa.real_classes import Sizes, StaticBuffers, build_wrapper, make_batch
 from sglang_nsa.verification import difference
 
-TOPK = 64
+TOPK = 2048 if harness.ON_GPU else 64
+CONTEXT = 4096 if harness.ON_GPU else 512
 CAPTURED = (1, 2, 4, 8, 64)
 
 
 def random_batch(installed, rng, bs, sizes):
     lengths = [rng.choice([1, 63, 64, 65, rng.randint(1, sizes.context_len)]) for _ in range(bs)]
-    return make_batch(installed, lengths, rng.sample(range(1, sizes.pool), bs))
+    return make_batch(installed, lengths, rng.sample(range(1, sizes.pool), bs), harness.DEVICE)
 
 
 def padded(batch, installed, bs):
     fill = bs - batch.batch_size
     return make_batch(
-        installed, batch.seq_lens.tolist() + [1] * fill, batch.req_pool_indices.tolist() + [0] * fill
+        installed,
+        batch.seq_lens.tolist() + [1] * fill,
+        batch.req_pool_indices.tolist() + [0] * fill,
+        harness.DEVICE,
     )
 
 
 class Reference:
-    """SGLang's own path over N backends that the plugin never sees, padded and unpadded alike."""
+    """SGLang's own path over N backends that the plugin never sees, padded and unpadded alike. On a GPU,
+    where that path leaves derived fields of some backends behind, over one backend alone."""
 
     def __init__(self, installed, sizes, req_to_token, steps):
-        self.installed = installed
-        self.wrapper = build_wrapper(installed, sizes, req_to_token, steps)
+        self.installed, self.backends = installed, steps - 1
+        self.wrapper = build_wrapper(installed, sizes, req_to_token, 2 if harness.ON_GPU else steps)
         installed.init_state(self.wrapper, max(CAPTURED), max(CAPTURED))
         for bs in CAPTURED:
-            own = StaticBuffers(installed, bs, harness.CPU)  # up to 0.5.13 planning keeps the lengths
+            own = StaticBuffers(installed, bs, harness.DEVICE)  # up to 0.5.13 planning keeps the lengths
             installed.capture(self.wrapper, own.view(bs))
 
     def metadata(self, batch, bs):
-        self.installed.replay(self.wrapper, padded(batch, self.installed, bs), bs)
-        return [backend.decode_cuda_graph_metadata[bs] for backend in self.wrapper.attn_backends]
+        refresh = self.installed.refresh if harness.ON_GPU else self.installed.replay
+        refresh(self.wrapper, padded(batch, self.installed, bs), bs)
+        found = [backend.decode_cuda_graph_metadata[bs] for backend in self.wrapper.attn_backends]
+        return found * self.backends if harness.ON_GPU else found
 
 
 @pytest.mark.parametrize("page_size", [64, 1])
@@ -50,7 +57,7 @@ def test_equals_sglang(plugin, monkeypatch, layout, steps, page_size):
     """Random batches, padded and not, in random order of captured sizes; one size captured twice."""
     installed = plugin(layout).installed
     harness.replace_constructor(monkeypatch, installed)
-    sizes = Sizes(page_size=page_size, topk=TOPK)
+    sizes = Sizes(CONTEXT, page_size=page_size, topk=TOPK)
     model_runner = harness.model_runner(sizes)
     served = installed.wrapper_class(model_runner, 1, steps)
     runner = harness.Runner(installed, served, max(CAPTURED))

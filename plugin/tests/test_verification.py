@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import harness
 import pytest
 import test_derived
 from sglang_nsa.hooks import draft_metadata_of
@@ -18,7 +19,8 @@ def run(runner, replays, layout, sizes=(1, 4, 8)):
         bs = rng.choice(sizes)
         raw = rng.randint(max(1, bs - 2), bs)
         lengths = [rng.randint(1, test_derived.CONTEXT) for _ in range(raw)]
-        runner.replay(make_batch(runner.installed, lengths, rng.sample(range(1, 80), raw)), bs)
+        batch = make_batch(runner.installed, lengths, rng.sample(range(1, 80), raw), harness.DEVICE)
+        runner.replay(batch, bs)
         if layout == "in_graph":
             draft._plans[bs].run()
 

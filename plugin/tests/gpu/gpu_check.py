@@ -1,6 +1,7 @@
 """What needs a GPU and released SGLang servers: `python gpu_check.py PART...`; see `PARTS`.
 
 Servers of one part start side by side, so a part costs one start. Only one is under load where time counts.
+Parts that need a GPU of their own run as processes of their own: see servers.py.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,52 +16,67 @@ from pathlib import Path
 
 import load
 import profiles
-from servers import BUNDLES, OUT, Server, Servers, available, run_module, stop
+from servers import BUNDLES, OUT, Server, Servers, available, python, unpack
+from soak import soak
 
-STEADY_S = float(os.environ.get("STEADY_S", "20"))  # under load for each number of requests
-RELEASES = available()
-ALTERNATE = os.environ.get("ALTERNATE", "")  # release-steps
+STEADY_S = float(os.environ.get("STEADY_S", "4"))  # under load for each number of requests
+SOAK_S = float(os.environ.get("SOAK_S", "485"))
+LIMIT_S = float(os.environ.get("LIMIT_S", "590"))  # of the whole run: nothing is begun that cannot end
 STARTED = time.monotonic()
-LIMIT_S = float(os.environ.get("LIMIT_S", "590"))  # of the whole run
-STAND_INS = Path(__file__).resolve().parent / "stand_ins"  # of what is imported and never called
+START_S = 75  # of a group of servers, until they answer
+RELEASES = [r for r in available() if r in os.environ.get("RELEASES", r).split()]
+VERIFY = {"SGLANG_NSA_VERIFY_METADATA": "1"}
+SIMULATE = {"SGLANG_SIMULATE_ACC_LEN": "3"}
 FLAG_OFF = {
     "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA": "0",
     "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA": "0",
 }
 
 
+def left() -> float:
+    """Seconds until the limit, with some to stop servers."""
+    return STARTED + LIMIT_S - time.monotonic() - 12
+
+
+# ---- tokens
+
+
 def compare_tokens(servers: list[Server]) -> None:
     """The answers of each server against those of the first of its kind (release, steps, variant)."""
-    answers: dict[str, list] = {}
-    reference: dict[tuple, str] = {}
-    with Servers(servers) as up, ThreadPoolExecutor(len(servers)) as pool:
-        futures = [pool.submit(load.greedy, server.port) for server in up]
-        for server, future in zip(up, futures, strict=True):
-            try:
-                answers[server.name] = future.result()
-            except Exception as error:
-                print(f"{server.name}: no answers: {error!r}")
-                print("\n".join(server.says("Error|error|Exception|SystemExit|sglang-nsa", 30)))
+    if left() < START_S + 30:
+        print("no time left for", ", ".join(server.name for server in servers), flush=True)
+        return
+    reference: dict[tuple, tuple[str, list]] = {}
+    with Servers(servers) as up:
+        running = [load.Background(load.greedy, server.port) for server in up]
+        for server, result in zip(up, running, strict=True):
+            answers = result.wait(left())
+            if answers is None:
+                print(f"{server.name}: no answers")
+                print("\n".join(server.says("Error|error|Exception|SystemExit|sglang-nsa", 30)), flush=True)
                 continue
-            simulated = "SGLANG_SIMULATE_ACC_LEN" in server.env  # then tokens depend on the order of requests
+            (OUT / f"tokens_{server.name}.json").write_text(json.dumps(answers))
+            simulated = "SGLANG_SIMULATE_ACC_LEN" in server.env
             kind = (server.release, server.steps, server.variant, server.args, simulated)
-            first = reference.setdefault(kind, server.name)
-            same = [
-                a["tokens"] == b["tokens"] for a, b in zip(answers[first], answers[server.name], strict=True)
-            ]
-            accepted = [a["verified"] for a in answers[server.name]]
-            alone, together = same[: load.ALONE], same[load.ALONE :]
-            print(
-                f"{server.name}: as {first}: {sum(alone)} of {len(alone)} answers alone, {sum(together)} of"
-                f" {len(together)} eight at a time; verify steps {accepted[:4]}"
-            )
-            for line in server.says(last=4 if server.layout else 1):
-                print("    " + line)
-    (OUT / f"tokens_{int(time.time())}.json").write_text(json.dumps(answers))
+            first, expected = reference.setdefault(kind, (server.name, answers))
+            print_comparison(server, first, expected, answers)
+
+
+def print_comparison(server: Server, first: str, expected: list[dict], answers: list[dict]) -> None:
+    same = [a["tokens"] == b["tokens"] for a, b in zip(expected, answers, strict=True)]
+    alone, together = same[: load.ALONE], same[load.ALONE :]
+    print(
+        f"{server.name}: as {first}: {sum(alone)} of {len(alone)} answers alone, {sum(together)} of"
+        f" {len(together)} eight at a time; verify steps {[a['verified'] for a in answers[:4]]},"
+        f" {sum(a['verified'] or 0 for a in answers)} in all",
+        flush=True,
+    )
+    for line in server.says(last=4 if server.layout else 1):
+        print("    " + line, flush=True)
 
 
 def tokens_first() -> None:
-    """Both releases, STEPS 4, bf16: without the plugin, and each layout; verification on once."""
+    """STEPS 4, bf16: without the plugin, and each layout; verification on once."""
     compare_tokens(
         [
             Server(f"{release}-{layout or 'none'}{suffix}", release, layout, env=env)
@@ -69,160 +84,161 @@ def tokens_first() -> None:
             for layout, suffix, env in (
                 (None, "", {}),
                 ("shared", "", {}),
-                ("shared", "-verify", {"SGLANG_NSA_VERIFY_METADATA": "1"}),
-                ("in_graph", "-verify", {"SGLANG_NSA_VERIFY_METADATA": "1"}),
+                ("shared", "-verify", VERIFY),
+                ("in_graph", "-verify", VERIFY),
             )
         ]
     )
 
 
-def tokens_rest(deadline: float | None = None) -> None:
-    """STEPS 2 and 8, fp8, flag 0, replicate, simulated acceptance: five servers at a time."""
-    verify = {"SGLANG_NSA_VERIFY_METADATA": "1"}
-    simulate = {"SGLANG_SIMULATE_ACC_LEN": "3"}
+# STEPS, variant, simulated acceptance, and the servers: layouts; "flag0": SGLang's own flag.
+# Acceptance that is simulated answers with one token only: there it is the verification that says something.
+TOKEN_GROUPS = (
+    (
+        (8, "fp8", False, ("none", "shared-verify", "in_graph-verify", "replicate")),
+        (4, "bf16", True, ("none", "replicate-verify", "shared", "in_graph-verify", "flag0")),
+    ),
+    (
+        (2, "fp8", False, ("none", "shared", "in_graph-verify", "flag0")),
+        (8, "bf16", False, ("none", "shared-verify", "replicate-verify", "in_graph")),
+    ),
+    (
+        (4, "fp8", False, ("none", "replicate-verify", "shared", "flag0")),
+        (2, "bf16", False, ("none", "replicate-verify", "in_graph")),
+        (8, "bf16", True, ("none", "shared-verify")),
+    ),
+)
+
+
+def token_server(release: str, steps: int, variant: str, simulated: bool, kind: str) -> Server:
+    layout = {"none": None, "flag0": "shared"}.get(kind, kind.removesuffix("-verify"))
+    env = (SIMULATE if simulated else {}) | (VERIFY if "verify" in kind else {})
+    env |= FLAG_OFF if kind == "flag0" else {}
+    name = f"{release}-s{steps}-{variant}{'-simulated' if simulated else ''}-{kind}"
+    return Server(name, release, layout, steps, variant, env)
+
+
+def tokens_rest() -> None:
+    """STEPS 2, 4 and 8, bf16 and fp8, flag 0, each layout, simulated acceptance: a group at a time."""
+    for group in TOKEN_GROUPS:
+        for release in RELEASES:
+            compare_tokens([token_server(release, *case[:3], kind) for case in group for kind in case[3]])
+
+
+def tensor_parallel() -> None:
+    """Two GPUs: the same tokens, the plugin in every rank."""
+    extra = "--tp 2 --disable-custom-all-reduce"
     for release in RELEASES:
-        servers = [
-            Server(f"{release}-s8-fp8-none", release, None, 8, "fp8"),
-            Server(f"{release}-s8-fp8-shared", release, "shared", 8, "fp8", env=verify),
-            Server(f"{release}-s8-fp8-in_graph", release, "in_graph", 8, "fp8", env=verify),
-            Server(f"{release}-s2-none", release, None, 2),
-            Server(f"{release}-s2-shared", release, "shared", 2, env=verify),
-            Server(f"{release}-s4-none-simulated", release, None, 4, env=simulate),
-            Server(f"{release}-s4-replicate-simulated", release, "replicate", 4, env=verify | simulate),
-            Server(f"{release}-s4-none", release, None, 4),
-            Server(f"{release}-s4-flag0", release, "shared", 4, env=FLAG_OFF),
-        ]
-        for some in (servers[:5], servers[5:]):
-            if deadline is not None and time.monotonic() > deadline - 120:
-                print("no time left for", ", ".join(server.name for server in some))
-                continue
-            compare_tokens(some)
+        none = Server(f"{release}-tp2-none", release, None, args=extra)
+        compare_tokens([none, Server(f"{release}-tp2-shared", release, "shared", args=extra, env=VERIFY)])
+
+
+# ---- time
+
+
+def deep_gemm_only() -> Path:
+    """A plugin of SGLang's that makes ours call DeepGEMM's own schedule: a peer to measure."""
+    folder = OUT / "deep_gemm_only"
+    information = folder / "deep_gemm_only-0.1.dist-info"
+    information.mkdir(parents=True, exist_ok=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: deep-gemm-only\nVersion: 0.1\n")
+    (information / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\ndeep_gemm_only = deep_gemm_only:register\n"
+    )
+    (folder / "deep_gemm_only.py").write_text(
+        "def register():\n    from sglang_nsa import derived\n\n"
+        "    derived._schedules_by_kernel = lambda *_: None\n"
+    )
+    return folder
 
 
 def alternating() -> list[Server]:
-    env = {"SGLANG_NSA_PLUGIN_ALTERNATE": "100"}
-    return [
-        Server(f"{release}-s{steps}-{layout}-alternate", release, layout, int(steps), env=env)
-        for release, steps in (case.split("-") for case in ALTERNATE.split())
-        if release in RELEASES
-        for layout in ("shared", "in_graph")
-    ]
+    """ALTERNATE: cases release-steps-layout, or -deepgemm for `shared` with DeepGEMM's own schedule."""
+    servers = []
+    for case in os.environ.get("ALTERNATE", "").split():
+        release, steps, layout = case.split("-")
+        before = (deep_gemm_only(),) if layout == "deepgemm" else ()
+        env = {"SGLANG_NSA_PLUGIN_ALTERNATE": "100"}
+        layout = "shared" if before else layout
+        servers.append(Server(f"{case}-alternate", release, layout, int(steps), env=env, before=before))
+    return [server for server in servers if server.release in RELEASES]
 
 
 def alternate() -> None:
     """SGLang's path and the plugin's by turns of 100 replays: host time of the call, time of a step."""
     with Servers(alternating()) as up:
-        measure(up)
+        warming = [load.Background(load.steady, server.port, 8, 1, 100, 50) for server in up]
+        for server, result in zip(up, warming, strict=True):
+            if result.wait(40) is None:
+                print(f"{server.name}: not warm after 40 s", flush=True)
+        for server in up:
+            measure(server)
+        for server in up:
+            if server.release in os.environ.get("PROFILED", "").split() and left() > 40:
+                profiles.profile(server, 8, 3, 12)
 
 
-def measure(servers: list[Server]) -> None:
-    """One server at a time; all are warm before the first is measured."""
-    with ThreadPoolExecutor(max(1, len(servers))) as pool:
-        list(pool.map(lambda server: _bounded(load.steady, 40, server.port, 8, 1, 100, 50), servers))
-    for server in servers:
-        for requests in (1, 8):
-            tpot = _bounded(load.steady, STEADY_S + 15, server.port, requests, STEADY_S, 600, 200)
-            said = "no answer in time" if tpot is None else f"{tpot:.2f} ms per output token over both paths"
-            print(f"{server.name}: {requests} requests, {said}", flush=True)
-            if tpot is None:
-                break
-        print("    " + "\n    ".join(server.says("plugin alternate", 1)), flush=True)
-
-
-def _bounded(function: Callable, seconds: float, *arguments: object) -> object:
-    """The result, or None if it takes longer: a server that hangs must not take the report with it."""
-    result: list = []
-    thread = threading.Thread(target=lambda: result.append(function(*arguments)), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return result[0] if result else None
-
-
-def profile(server: Server) -> None:
-    """How busy the GPU is while eight requests decode: torch's profiler over some steps."""
-    folder = (server.folder / "profile").resolve()
-    folder.mkdir(exist_ok=True)
-    runner = threading.Thread(target=load.steady, args=(server.port, 8, 4))
-    runner.start()
-    time.sleep(2)
-    try:
-        body = {"output_dir": str(folder), "num_steps": 20, "activities": ["CPU", "GPU"]}
-        load.post(server.port, "/start_profile", body, 60)
-        runner.join()
-        time.sleep(4)
-        for line in profiles.summary(folder):
-            print("    " + line)
-    except Exception as error:
-        print(f"    no profile: {error!r}")
-    runner.join()
+def measure(server: Server) -> None:
+    for requests in (1, 8):
+        if left() < STEADY_S + 15:
+            print(f"{server.name}: no time left for {requests} requests", flush=True)
+            return
+        tpot = load.Background(load.steady, server.port, requests, STEADY_S, 600, 200).wait(STEADY_S + 15)
+        said = "no answer in time" if tpot is None else f"{tpot:.2f} ms per output token over both paths"
+        print(f"{server.name}: {requests} requests, {said}", flush=True)
+        if tpot is None:
+            print("    " + "\n    ".join(server.says("Error|error|Traceback", 5)), flush=True)
+            return
+    print("    " + "\n    ".join(server.says("plugin alternate", 1)), flush=True)
 
 
 def bench() -> None:
     """`python -m sglang_nsa bench` on the real classes of each release: fields, stale schedules, memory."""
     for release in RELEASES:
-        print(f"-- {release}", flush=True)
-        run_module(release, "bench --steps 3 4 8 --bs 1 8 32 --decode flashmla_sparse flashmla_kv", 100)
+        for decode in ("flashmla_sparse", "flashmla_kv"):
+            command = f"-m sglang_nsa bench --steps 3 4 8 --bs 1 8 32 --decode {decode}"
+            print(f"-- {release} {decode}", flush=True)
+            print(python(release, command.split(), min(left(), 100)), flush=True)
 
 
-def other_releases(deadline: float | None = None) -> None:
-    """`bench` on the real classes of releases that need another torch, as far as they import."""
-    for archive in sorted(BUNDLES.glob("sources/*")):
-        if deadline is None or time.monotonic() < deadline - 70:
-            print(f"-- {archive.name}", flush=True)
-            run_module("0.5.17", "bench --steps 4 8 --bs 8", 60, before=[STAND_INS, archive])
+# ---- classes of releases that need another torch
 
 
-def soak(seconds: float = float(os.environ.get("SOAK_S", "485"))) -> None:
-    """Verification on during mixed load; beside it what needs no quiet machine, while there is time."""
-    env = {"SGLANG_NSA_VERIFY_METADATA": "1", "SGLANG_SIMULATE_ACC_LEN": "3"}
+def other_releases() -> None:
+    """The tests' comparisons on the GPU: the classes of each release in sources/, as far as it imports."""
+    folders = sorted(path for path in (BUNDLES / "sources").glob("*") if path.is_dir())
+    tests = Path(__file__).resolve().parents[1]
+    arguments = [str(tests / "gpu/other_release.py")]
+    with ThreadPoolExecutor(len(folders) or 1) as pool:
+        running = {
+            folder.name: pool.submit(
+                python, "0.5.17", arguments, min(left(), 260), [tests / "gpu", tests, folder],
+                {"TVM_FFI_CACHE_DIR": f"/tmp/plugin_gpu_jit/{folder.name}"},
+            )
+            for folder in folders
+        }  # fmt: skip
+        for name, result in running.items():
+            print(f"-- {name}\n{result.result()}", flush=True)
+
+
+def soaking() -> None:
+    """Mixed load with verification on."""
     layouts = {"0.5.12": "shared", "0.5.17": "in_graph"}
-    servers = [Server(f"{release}-soak", release, layouts[release], env=env) for release in RELEASES]
-    measured = alternating()
-    with Servers([*servers, *measured]) as up:
-        measure([server for server in up if server in measured])
-        stop(measured)
-        up = [server for server in up if server in servers]
-        deadline = min(time.monotonic() + seconds, STARTED + LIMIT_S - 25)
-        threads = [threading.Thread(target=_soak, args=(server, deadline)) for server in up]
-        for thread in threads:
-            thread.start()
-        for part in (tokens_rest, other_releases):
-            try:
-                part(deadline)
-            except Exception as error:
-                print(f"{part.__name__}: {error!r}")
-        for thread in threads:
-            thread.join(max(0, deadline + 15 - time.monotonic()))
-        for server in up:
-            print("\n    ".join([server.name, *server.says("sglang-nsa|MetadataMismatch|Traceback", 6)]))
-
-
-def _soak(server: Server, deadline: float) -> None:
-    started = time.monotonic()
-    counts = load.mixed(server.port, deadline - started)
-    print(f"{server.name}: {time.monotonic() - started:.0f} s of mixed load, {counts}", flush=True)
-
-
-def tensor_parallel() -> None:
-    """Two GPUs: the same tokens, the plugin in every rank."""
-    release = os.environ.get("TP_RELEASE", "0.5.12")
-    extra = "--tp 2 --disable-custom-all-reduce"
-    env = {"SGLANG_NSA_VERIFY_METADATA": "1"}
-    compare_tokens(
-        [
-            Server(f"{release}-tp2-none", release, None, args=extra),
-            Server(f"{release}-tp2-shared", release, "shared", args=extra, env=env),
-        ]
-    )
+    servers = [
+        Server(f"{release}-soak", release, layouts[release], env=VERIFY | SIMULATE) for release in RELEASES
+    ]
+    with Servers(servers) as up:
+        soak(up, min(SOAK_S, left() - 8))
 
 
 PARTS: dict[str, Callable[[], None]] = {
+    "unpack": lambda: unpack(set(RELEASES)),
     "bench": bench,
     "other_releases": other_releases,
     "tokens_first": tokens_first,
     "tokens_rest": tokens_rest,
     "alternate": alternate,
-    "soak": soak,
+    "soak": soaking,
     "tp": tensor_parallel,
 }
 
@@ -232,8 +248,12 @@ def main() -> None:
     for name in sys.argv[1:] or ["tokens_first"]:
         started = time.monotonic()
         print(f"== {name}", flush=True)
-        PARTS[name]()
+        try:
+            PARTS[name]()
+        except Exception as error:
+            print(f"{name}: {error!r}", flush=True)
         print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
+    os._exit(0)  # threads that wait for a server that hangs are not waited for
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import statistics
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +22,7 @@ def post(port: int, path: str, body: dict[str, Any], timeout: float = 240) -> An
     )
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         text = answer.read()
-    return json.loads(text) if text else None
+    return json.loads(text) if text[:1] in (b"{", b"[") else None
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -36,6 +38,29 @@ def generate(port: int, ids: list[int], tokens: int, rid: str | None = None) -> 
 
 LENGTHS = (3, 60, 64, 65, 300, 600, 1999, 2500, 5000)
 ALONE = len(LENGTHS)  # answers that are asked for one at a time
+
+
+class Background:
+    """Calls a function in a thread that nobody has to wait for."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._result: list[Any] = []
+        self._thread = threading.Thread(target=self._run, args=(function, *arguments), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            self._result.append(function(*arguments))
+        except Exception as error:
+            print(f"{function.__name__}: {error!r}", flush=True)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def wait(self, seconds: float) -> Any | None:
+        """The result, or None if it takes longer or fails: no report is lost with a server that hangs."""
+        self._thread.join(max(0, seconds))
+        return self._result[0] if self._result else None
 
 
 def greedy(port: int, tokens: int = 96) -> list[dict[str, Any]]:
@@ -66,50 +91,61 @@ def steady(port: int, requests: int, seconds: float, length: int = 600, tokens: 
             per_token.append((time.monotonic() - started) / answer["meta_info"]["completion_tokens"] * 1e3)
             turn += 1
 
-    threads = [threading.Thread(target=stream, args=(i,), daemon=True) for i in range(requests)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for running in [Background(stream, index) for index in range(requests)]:
+        running.join()
+    if not per_token:
+        raise RuntimeError("no answer")
     return statistics.median(per_token)
 
 
-def mixed(port: int, seconds: float, clients: int = 10, longest: int = 6000) -> dict[str, int]:
-    """Requests of all lengths that come, go and are aborted, from several clients at once."""
-    counts = {"finished": 0, "aborted": 0, "failed": 0, "tokens": 0}
-    lock = threading.Lock()
-    until = time.monotonic() + seconds
+class Mixed:
+    """Requests of all lengths that come, go and are aborted, from several clients at once, for `seconds`."""
 
-    def client(index: int) -> None:
+    def __init__(self, port: int, seconds: float, clients: int = 10) -> None:
+        self.port = port
+        self.counts = {"finished": 0, "aborted": 0, "failed": 0, "tokens": 0, "longest prompt": 0}
+        self.failures: list[str] = []
+        self._until = time.monotonic() + seconds
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._client, args=(i,), daemon=True) for i in range(clients)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0, until - time.monotonic()))
+
+    def _client(self, index: int) -> None:
         rng = random.Random(index)
-        turn = 0
-        while time.monotonic() < until:
-            turn += 1
+        longest = 15000 if index == 0 else 5000  # all together fit into the pool of 65536
+        for turn in itertools.count():
+            if time.monotonic() > self._until:
+                return
             length = rng.choice([1, 5, 63, 64, 65, rng.randint(1, 800), rng.randint(1, longest)])
-            rid = f"mixed-{index}-{turn}"
-            abort = rng.random() < 0.25
-            if abort:
-                delay = rng.uniform(0.02, 0.8)
-                threading.Timer(delay, lambda rid=rid: _quietly(port, "/abort_request", {"rid": rid})).start()
-            try:
-                answer = generate(port, prompt(rng.randint(0, 10**6), length), rng.randint(1, 250), rid)
-                outcome = (
-                    "aborted" if "abort" in str(answer["meta_info"].get("finish_reason")) else "finished"
-                )
-                tokens = answer["meta_info"].get("completion_tokens", 0)
-            except Exception:
-                outcome, tokens = ("aborted" if abort else "failed"), 0
-            with lock:
-                counts[outcome] += 1
-                counts["tokens"] += tokens
+            self._request(rng, f"mixed-{index}-{turn}", length)
             time.sleep(rng.choice([0, 0, 0.05, 0.5]))
 
-    threads = [threading.Thread(target=client, args=(i,), daemon=True) for i in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return counts
+    def _request(self, rng: random.Random, rid: str, length: int) -> None:
+        abort = rng.random() < 0.25
+        if abort:
+            body = {"rid": rid}
+            threading.Timer(rng.uniform(0.02, 0.8), _quietly, (self.port, "/abort_request", body)).start()
+        try:
+            ids = prompt(rng.randint(0, 10**6), length)
+            info = generate(self.port, ids, rng.randint(1, 250), rid)["meta_info"]
+            outcome = "aborted" if "abort" in str(info.get("finish_reason")) else "finished"
+            tokens = info.get("completion_tokens", 0)
+        except Exception as error:  # SGLang answers an abort before the prefill with an error status
+            outcome, tokens = ("aborted" if abort else "failed"), 0
+            if not abort:
+                self.failures.append(f"{rid}: {error!r}")
+        with self._lock:
+            self.counts[outcome] += 1
+            self.counts["tokens"] += tokens
+            self.counts["longest prompt"] = max(self.counts["longest prompt"], length)
 
 
 def _quietly(port: int, path: str, body: dict[str, Any]) -> None:

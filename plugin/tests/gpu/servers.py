@@ -1,4 +1,8 @@
-"""Starts released SGLang servers side by side on one machine, and stops them by their process ids."""
+"""Starts released SGLang servers side by side on one machine, and stops them by their process ids.
+
+Several of these checks can run at once, each on a GPU of its own: with PORT_BASE and OUT_DIR of
+their own, and the bundles unpacked before (`gpu_check.py unpack`).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +25,17 @@ FOLDERS = {"0.5.12": "real_sglang", "0.5.17": "real_sglang_0517"}
 ARCHIVES = {"0.5.12": "v0512.tar.xz", "0.5.17": "delta.tar.xz"}
 OUT = Path(os.environ.get("OUT_DIR", "plugin_gpu"))
 SITE = BUNDLES / "site"  # the plugin's wheel, unpacked, its dist-info included
-PORTS = itertools.count(31000, 50)  # one count for all groups: two may be up at the same time
+# One count for all groups of servers: two may be up at the same time. Below the ports that systems hand out.
+PORTS = itertools.count(int(os.environ.get("PORT_BASE", "20000")), 10)
+NCCL_PORT = 5  # above the server's
+UNPACKED = {
+    "0.5.12": ("/tmp/real_site/.unpacked.common", "/tmp/real_site/.unpacked.v0512"),
+    "0.5.17": (
+        "/tmp/real_site/.unpacked.common",
+        "/tmp/real_site17/.unpacked",
+        "/tmp/real_launch17/launch.sh",
+    ),
+}
 
 
 @dataclass
@@ -33,6 +49,7 @@ class Server:
     variant: str = "bf16"
     env: dict[str, str] = field(default_factory=dict)
     args: str = ""
+    before: tuple[Path, ...] = ()  # of the import path, with distributions of their own
     port: int = 0
     pid: int | None = None
     launcher: subprocess.Popen | None = None
@@ -52,15 +69,16 @@ class Server:
             "PORT": str(port), "STEPS": str(self.steps), "VARIANT": self.variant,
             "OUT": str(self.folder.resolve()),
             "KEEP": "1", "CHECKS": "0", "NO_FALLBACK": "1", "PROBE": "0", "CLIENT": "true", "TAIL": "5",
-            "EXTRA_ARGS": f"--mem-fraction-static 0.7 {self.args}", "HEALTH_S": "280",
+            "EXTRA_ARGS": f"--mem-fraction-static 0.7 --nccl-port {port + NCCL_PORT} {self.args}",
+            "HEALTH_S": os.environ.get("HEALTH_S", "280"),
         }  # fmt: skip
         if self.layout is not None:
-            env |= {"EXTRA_PYTHONPATH": str(SITE.resolve()), "SGLANG_NSA_PLUGIN_LAYOUT": self.layout}
+            path = ":".join(str(folder.resolve()) for folder in (*self.before, SITE))
+            env |= {"EXTRA_PYTHONPATH": path, "SGLANG_NSA_PLUGIN_LAYOUT": self.layout}
             env |= {"SGLANG_NSA_PLUGIN_STRICT": "1"}
         launch = BUNDLES / FOLDERS[self.release] / "launch.sh"
-        if (
-            self.release == "0.5.17"
-        ):  # what its own launch.sh generated when it was unpacked: only read from now on
+        if self.release == "0.5.17":
+            # What its own launch.sh generated when it was unpacked: only read from now on.
             launch = Path("/tmp/real_launch17/launch.sh")
             env["EXTRA_ARGS"] += " --disable-prefill-cuda-graph"
             for name in ("SGLANG_DSA", "SGLANG_NSA"):
@@ -75,10 +93,14 @@ class Server:
             )
 
     def wait(self) -> bool:
+        """Until it answers or its launcher gives up."""
         self.launcher.wait()
         text = (self.folder / "launch.log").read_text(errors="replace")
         found = re.search(r"left running, pid (\d+)", text)
-        self.pid = int(found.group(1)) if found else None
+        if found is not None:
+            self.pid = int(found.group(1))
+            with open(OUT / "pids.txt", "a") as file:  # for whoever cleans up after this process
+                file.write(f"{self.pid}\n")
         return self.pid is not None
 
     def signal(self, number: int) -> None:
@@ -111,6 +133,8 @@ def unpack(releases: set[str]) -> None:
     waiting = []
     with _unpacking:
         for release in sorted(releases - _unpacked):
+            if all(Path(marker).exists() for marker in UNPACKED[release]):
+                continue
             env = os.environ | {
                 "ONLY": "imports",
                 "CHECKS": "0",
@@ -165,29 +189,37 @@ class Servers:
         stop(self.servers)
 
 
-def run_module(release: str, command: str, limit: float, before: list[Path] | None = None) -> None:
-    """`python -m sglang_nsa ...` in a release's environment, its output indented."""
+def python(
+    release: str, arguments: list[str], limit: float, before: Sequence[Path] = (), env: Mapping[str, str] = {}
+) -> str:
+    """What a Python program says in a release's environment, also if it fails or takes too long."""
     unpack({release})
-    sites = [*(before or []), SITE, *(["/tmp/real_site17"] if release == "0.5.17" else []), "/tmp/real_site"]
-    cache = f"{sites[-2] if release == '0.5.17' else sites[-1]}/_tvm_cache"
+    overlay = ["/tmp/real_site17"] if release == "0.5.17" else []
+    sites = [*before, SITE, *overlay, "/tmp/real_site"]
     env = os.environ | {
         "PYTHONPATH": ":".join(str(Path(site).resolve()) for site in sites),
-        "TVM_FFI_CACHE_DIR": cache, "FLASHINFER_WORKSPACE_BASE": "/tmp/real_fi",
-        "DG_JIT_CACHE_DIR": "/tmp/real_dg",
+        "TVM_FFI_CACHE_DIR": f"{(overlay or sites)[-1]}/_tvm_cache",
+        "FLASHINFER_WORKSPACE_BASE": "/tmp/real_fi", "DG_JIT_CACHE_DIR": "/tmp/real_dg",
         "DG_JIT_CPP_STANDARD": "20", "TRITON_CACHE_DIR": "/tmp/real_triton", "FLASHINFER_USE_CUDA_NORM": "1",
-        "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", **_cuda_paths(),
+        "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", **_cuda_paths(), **env,
     }  # fmt: skip
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "sglang_nsa", *command.split()],
-            env=env, capture_output=True, text=True, timeout=limit,
-        )  # fmt: skip
-        text = done.stdout + ("" if done.returncode == 0 else done.stderr[-1500:])
-    except subprocess.TimeoutExpired as error:
-        text = f"no end within {limit} s: {(error.stdout or b'')[-800:]!r}"
-    (OUT / "modules.log").open("a").write(f"== {release} {before} {command}\n{text}\n")
-    for line in text.splitlines():
-        print("    " + line, flush=True)
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
+        command = [sys.executable, *arguments]
+        process = subprocess.Popen(command, env=env, stdout=said, stderr=complained, start_new_session=True)
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = f"no end within {limit:.0f} s"
+        said.seek(0)
+        complained.seek(0)
+        text = said.read()
+        if status != 0:
+            text += f"{complained.read()[-2500:]}\n(status: {status})\n"
+    with open(OUT / "modules.log", "a") as log:
+        log.write(f"== {release} {' '.join(map(str, before))} {' '.join(arguments)}\n{text}\n")
+    return text
 
 
 def _cuda_paths() -> dict[str, str]:
