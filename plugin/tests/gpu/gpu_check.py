@@ -175,7 +175,7 @@ def alternate() -> None:
             measure(server)
         for server in up:
             if server.release in os.environ.get("PROFILED", "").split() and left() > 40:
-                profiles.profile(server, 8, 3, 12)
+                profiles.profile(server, 8, 3, 5)
 
 
 def measure(server: Server) -> None:

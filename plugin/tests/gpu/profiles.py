@@ -27,11 +27,12 @@ def profile(server: Server, requests: int, times: int, seconds: float) -> None:
     folder = (server.folder / f"profile_{requests}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     body = {"output_dir": str(folder), "num_steps": STEPS, "activities": ["GPU"], "with_stack": False}
-    load.Background(load.steady, server.port, requests, seconds)
+    running = load.Background(load.steady, server.port, requests, seconds)
     time.sleep(1)
     for _ in range(times):
         load.Background(load.post, server.port, "/start_profile", body, seconds).wait(seconds)
         time.sleep(0.5)
+    running.wait(seconds + 10)
     time.sleep(1)
     for line in summary(folder):
         print(f"    {server.name}, {requests} requests: {line}", flush=True)
