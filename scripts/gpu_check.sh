@@ -6,7 +6,7 @@
 # Uses the machine's own python3 (torch with CUDA, transformers, matplotlib). What else is needed (requirements:
 # fastapi, uvicorn, pyzmq, msgspec, prometheus-client, pytest, hypothesis, httpx, psutil, aiohttp) may lie as wheels in
 # the folder WHEELS (default .whl); COMMIT names the version where there is no .git. STEPS picks parts:
-# build tests sglang-tests fuzz sanitize sanitize-libraries kernels metadata soak speculation layouts peers.
+# build tests sglang-tests fuzz sanitize sanitize-libraries kernels metadata soak speculation paths study peers.
 # sglang-tests reads wheels of SGLang, or its file test_fused_metadata_copy.py, in the folder SGLANG_TESTS (default
 # .sglang); peers runs side.py of the folder PEERS (default .peers), which times SGLang's own methods beside ours.
 set -uo pipefail
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 OUT_DIR=${1:-docs/results/latest}
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-.whl}
-STEPS=${STEPS:-build tests sglang-tests fuzz sanitize sanitize-libraries kernels metadata soak speculation layouts peers}
+STEPS=${STEPS:-build tests sglang-tests fuzz sanitize sanitize-libraries kernels metadata soak speculation paths study peers}
 FUZZ_CASES=${FUZZ_CASES:-100000}
 SOAK_REPLAYS=${SOAK_REPLAYS:-100000}
 mkdir -p "$OUT_DIR"
@@ -89,7 +89,11 @@ wants metadata && run metadata "$PYTHON" -m sglang.bench_metadata --device cuda 
 wants soak && run soak "$PYTHON" -m sglang.bench_metadata --soak "$SOAK_REPLAYS" --device cuda
 wants speculation && run speculation "$PYTHON" benchmark/speculation.py --device cuda --num-prompts 64 --output-len 128 \
   --concurrency 1 32 --disable-tqdm --json "$OUT_DIR/speculation.json"
-wants layouts && run layouts "$PYTHON" benchmark/layouts.py --device cuda --json "$OUT_DIR/layouts.json"
+if wants paths; then
+  run paths-tiny "$PYTHON" benchmark/compare_paths.py --device cuda --cases 256x1 256x8 2048x32 --out "$OUT_DIR"
+  run paths-v32 "$PYTHON" benchmark/compare_paths.py --device cuda --model v32 --cases 1024x1 1024x8 8192x8 --out "$OUT_DIR"
+fi
+wants study && run study "$PYTHON" benchmark/study.py --device cuda --out "$OUT_DIR"
 if wants peers; then
   # The project's methods beside SGLang's own, in one process: side.py of a folder that is no part of the project.
   if [[ -e ${PEERS:-.peers}/side.py ]]; then

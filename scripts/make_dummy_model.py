@@ -199,12 +199,11 @@ def _byte_of_letter(letter: str) -> int:
     return [b for b in range(256) if b not in printable][ord(letter) - 256]
 
 
-def make_dummy_model(directory: Path | str, seed: int = 0, **config_changes: Any) -> Path:
-    """Writes the checkpoint and returns its directory."""
+def write_config(directory: Path | str, config_changes: dict[str, Any]) -> Path:
+    """Config and tokenizer alone: enough for `--load-format dummy`. Returns the directory."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = dummy_config(**config_changes)
-    save_file(random_weights(config, seed), directory / "model.safetensors", metadata={"format": "pt"})
     byte_tokenizer(config["vocab_size"]).save(str(directory / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -216,6 +215,14 @@ def make_dummy_model(directory: Path | str, seed: int = 0, **config_changes: Any
     }
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return directory
+
+
+def make_dummy_model(directory: Path | str, seed: int = 0, **config_changes: Any) -> Path:
+    """Writes the checkpoint and returns its directory."""
+    directory = write_config(directory, config_changes)
+    weights = random_weights(dummy_config(**config_changes), seed)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 

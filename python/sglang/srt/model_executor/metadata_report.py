@@ -40,6 +40,7 @@ def metadata_state(
         "copy": graphs[0].methods.copy if graphs else None,
         "draft_backends": draft_backends,
         "draft_seqlens": selection.draft_seqlens,
+        "page_table_bytes": sum(g.table_bytes[0] for g in graphs),
         "replays": sum(g.replays for g in graphs),
         "fallbacks": sum(g.fallbacks for g in graphs),
         "fallback_reason": reasons[0] if reasons else None,

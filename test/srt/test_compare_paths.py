@@ -1,0 +1,45 @@
+"""benchmark/compare_paths.py end to end: a server for every path, and all give the same answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from server_fixture import ROOT
+
+sys.path.append(str(ROOT / "benchmark"))
+
+from compare_paths import PATHS, ServerPath, build_parser, candidates, tables
+from compare_servers import Case
+
+
+def test_all_paths_give_the_same_answers(dummy_model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmark" / "compare_paths.py"), "--model", str(dummy_model)]
+    command += ["--cases", "100x2", "30x1", "--output-len", "8", "--rounds", "1", "--steps", "3"]
+    command += ["--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    name = f"server_paths_{dummy_model.name}"
+    result = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    rows = result["rows"]
+    assert [(r["path"], r["prompt"], r["requests"]) for r in rows] == [
+        (path, *size) for size in ((100, 2), (30, 1)) for path in PATHS
+    ]
+    assert all(r["same"] == 1 and r["fallbacks"] == 0 and r["tpot_ms"] > 0 for r in rows)
+    held = {r["path"]: r["tables_mib"] for r in rows}
+    assert held["indirect"] == 0 < held["shared"] == held["in_graph"] < held["replicate, direct"]
+    assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
+    assert str(tables(rows)[0]) in (tmp_path / "out" / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name, path", PATHS.items())
+def test_each_path_is_a_server_of_its_own(name: str, path: ServerPath) -> None:
+    args = build_parser().parse_args(["--cases", "100x3", "2000x2"])
+    (command,) = [c for c in candidates("model", ["--seed-flag"], args) if c.name == name]
+    assert "--max-total-tokens 5152 " in command.command and "--max-running-requests 3 " in command.command
+    assert ("--nsa-metadata-layout" in command.command) == (path.layout is not None)
+    assert command.env["SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA"] == str(int(path.layout is not None))
+    assert args.cases == [Case(100, 3), Case(2000, 2)]
