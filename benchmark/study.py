@@ -21,6 +21,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from compare_paths import tables as server_tables
 from questions import QUESTIONS
 from questions.bench import Bench
 from questions.question import Question
@@ -94,16 +95,26 @@ def measured(results: dict) -> list[Question]:
     return [question for question in QUESTIONS if question.name in results]
 
 
+def results_of(folder: Path) -> dict:
+    """What was measured into a folder, by compare_paths.py as well."""
+    results = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    servers = {
+        file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("server_paths_*.json")
+    }
+    return results | servers
+
+
 def fill(document: str, results: dict) -> str:
     """The document with the tables of these results made anew."""
-    by_name = {question.name: question for question in QUESTIONS}
+    by_name = {question.name: question.tables for question in QUESTIONS}
 
     def table(match: re.Match[str]) -> str:
         start, name, device, index, end = match.groups()
         found = results.get(name)
         if found is None or found["machine"]["device_type"] != device:
             return match.group(0)
-        return f"{start}{by_name[name].tables(found['rows'])[int(index)]}\n{end}"
+        tables = by_name.get(name, server_tables)  # the others are server_paths_MODEL
+        return f"{start}{tables(found['rows'])[int(index)]}\n{end}"
 
     return MARK.sub(table, document)
 
@@ -117,7 +128,7 @@ def main() -> int:
     failed = measure(args) if args.replot is None else []
     draw(folder)
     if args.document is not None:
-        results = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        results = results_of(folder)
         args.document.write_text(fill(args.document.read_text(encoding="utf-8"), results), encoding="utf-8")
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from sglang.benchmark_metadata.measure import (
     copy_bandwidth,
     count_activity,
     graph_time_us,
+    host_clock,
     measure_all,
     no_garbage_collection,
     synchronize,
@@ -28,7 +28,7 @@ from sglang.benchmark_metadata.run import Settings, run_grid
 Row = dict[str, Any]  # one measurement: labels, then times in microseconds
 
 _NODES = 50  # of one call in the graph that tells what a node costs
-_LOOP_SECONDS = 0.05
+_LOOP_NS = 50_000_000
 
 
 @dataclass
@@ -94,17 +94,17 @@ class Bench:
 
     def loop_us(self, call: Call) -> float:
         """Calls in a row with one synchronization at their end: the larger of host and GPU time of one."""
-        most, medians = (3 if self.quick else 1000), []
+        most, found, clock = (3 if self.quick else 1000), [], host_clock(self.device)
         for _ in range(3):
             synchronize(self.device)
             with no_garbage_collection():
-                started, count = time.perf_counter(), 0
-                while count < most and (count < 3 or time.perf_counter() - started < _LOOP_SECONDS):
+                started, count = clock(), 0
+                while count < most and (count < 3 or clock() - started < _LOOP_NS):
                     call()
                     count += 1
                 synchronize(self.device)
-                medians.append((time.perf_counter() - started) / count * 1e6)
-        return round(statistics.median(medians), 2)
+                found.append((clock() - started) / count / 1e3)
+        return round(statistics.median(found), 2)
 
     def bandwidth_us(self, size: int) -> float:
         """What `size` bytes, read and written, take at the bandwidth of a copy far above the cache."""
