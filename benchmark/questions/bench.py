@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,14 @@ _NODES = 50  # of one call in the graph that tells what a node costs
 _LOOP_NS = 50_000_000
 
 
+@dataclass(frozen=True)
+class Point:
+    """One point of a sweep: calls by name, and what stands in their rows beside the times."""
+
+    calls: Mapping[str, Call]
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class Bench:
     """Measures on one device. `quick` is for tests: the smallest sizes and few repetitions."""
@@ -45,7 +53,7 @@ class Bench:
 
     @property
     def budget(self) -> Budget:
-        return Budget(0.001, 5, 2) if self.quick else Budget(0.02)
+        return Budget(0.001, 5, 2) if self.quick else Budget(0.03)
 
     def rows(
         self,
@@ -55,17 +63,24 @@ class Bench:
         eager_only: Collection[str] = (),
         **labels: Any,
     ) -> list[Row]:
-        """One row for each call, all measured in turns: completion and enqueue, launches, time on the GPU;
-        with `graphs` on CUDA also as a graph of its own, but for those that cannot be captured."""
-        found = list(calls.values())
-        timings = measure_all(found, _nothing, self.device, self.budget)
+        """One row for each call: completion and enqueue, launches, time on the GPU; with `graphs` on CUDA
+        also as a graph of its own, but for those that cannot be captured."""
+        return self.sweep([Point(calls, labels)], graphs=graphs, eager_only=eager_only)
+
+    def sweep(
+        self, points: Sequence[Point], *, graphs: bool = True, eager_only: Collection[str] = ()
+    ) -> list[Row]:
+        """The rows of several points, measured by turns: a slow moment of the machine meets all of them."""
+        named = [(name, call, point.labels) for point in points for name, call in point.calls.items()]
+        calls = [call for _, call, _ in named]
+        timings = measure_all(calls, _nothing, self.device, self.budget)
         rows = []
-        for name, timing, activity in zip(calls, timings, count_activity(found, self.device)):
+        for (name, call, labels), timing, activity in zip(named, timings, count_activity(calls, self.device)):
             row = {"method": name, **labels, **_times(timing), "launches": activity.count}
             row["gpu_us"] = activity.kernel_us
             rows.append(row)
             if graphs and self.cuda and name not in eager_only:
-                row |= self._as_graph(calls[name])
+                row |= self._as_graph(call)
         return rows
 
     def _as_graph(self, call: Call) -> Row:
@@ -92,19 +107,23 @@ class Bench:
         graph = capture_graph(lambda: [call() for _ in range(_NODES)], self.device)
         return round(graph_time_us(graph, self.device) / _NODES, 3)
 
-    def loop_us(self, call: Call) -> float:
-        """Calls in a row with one synchronization at their end: the larger of host and GPU time of one."""
-        most, found, clock = (3 if self.quick else 1000), [], host_clock(self.device)
+    def loops_us(self, calls: Sequence[Call]) -> list[float]:
+        """Of calls in a row with one synchronization at the end: the larger of host and GPU time of one."""
+        rounds = [[self._loop_us(call) for call in calls] for _ in range(3)]
+        return [round(statistics.median(found), 2) for found in zip(*rounds)]
+
+    def _loop_us(self, call: Call) -> float:
+        most, clock = (3 if self.quick else 1000), host_clock(self.device)
         for _ in range(3):
+            call()
+        synchronize(self.device)
+        with no_garbage_collection():
+            started, count = clock(), 0
+            while count < most and (count < 3 or clock() - started < _LOOP_NS):
+                call()
+                count += 1
             synchronize(self.device)
-            with no_garbage_collection():
-                started, count = clock(), 0
-                while count < most and (count < 3 or clock() - started < _LOOP_NS):
-                    call()
-                    count += 1
-                synchronize(self.device)
-                found.append((clock() - started) / count / 1e3)
-        return round(statistics.median(found), 2)
+            return (clock() - started) / count / 1e3
 
     def bandwidth_us(self, size: int) -> float:
         """What `size` bytes, read and written, take at the bandwidth of a copy far above the cache."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .bench import Bench, Row
+from .bench import Bench, Point, Row
 from .pairs import COLOURS, Pairs, methods_on
 from .question import Question, Table, figure, pivot, save, select, size_name
 
@@ -14,14 +14,15 @@ AT = (7, 2048)  # where one sweep crosses the other
 
 
 def measure(bench: Bench) -> list[Row]:
-    rows = []
     sizes = SIZES[:2] if bench.quick else SIZES if bench.cuda else SIZES[:-1]
-    points = [(n, AT[1]) for n in (TENSORS[:3] if bench.quick else TENSORS)]
-    points += [(AT[0], size) for size in sizes if size != AT[1]]
-    for tensors, size in points:
+    shapes = [(n, AT[1]) for n in (TENSORS[:3] if bench.quick else TENSORS)]
+    shapes += [(AT[0], size) for size in sizes if size != AT[1]]
+    points = []
+    for tensors, size in shapes:
         pairs = Pairs.vectors([size // 4] * tensors, bench.device)
-        rows += bench.rows(methods_on(bench.device, pairs), tensors=tensors, bytes_each=size)
-    return rows
+        labels = {"tensors": tensors, "bytes_each": size}
+        points.append(Point(methods_on(bench.device, pairs), labels))
+    return bench.sweep(points)
 
 
 def tables(rows: list[Row]) -> list[Table]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .bench import Bench, Row
+from .bench import Bench, Point, Row
 from .metadata_sets import CopySets, pairs_of
 from .pairs import COLOURS, methods_on
 from .question import Question, Table, figure, save, select
@@ -27,29 +27,22 @@ METHODS = ("copy_", "foreach", "fused")
 
 def measure(bench: Bench) -> list[Row]:
     if bench.quick:
-        points = [(n, 2, 256) for n in DESTINATIONS[:2]]
+        shapes = [(n, 2, 256) for n in DESTINATIONS[:2]]
     else:
-        points = [(n, *AT) for n in DESTINATIONS]
+        shapes = [(n, *AT) for n in DESTINATIONS]
         sizes = SIZES if bench.cuda else SIZES[:6]
-        points += [(BACKENDS, *size) for size in sizes if size != AT]
-    rows = []
-    for n, bs, columns in points:
+        shapes += [(BACKENDS, *size) for size in sizes if size != AT]
+    points = []
+    for n, bs, columns in shapes:
         sets = CopySets(bench.device.type, bs, columns, n)
         calls = methods_on(bench.device, pairs_of(sets), METHODS)
-        # The benchmark's plan reads every source once, for all destinations.
-        calls["fused"] = sets.run
+        calls["fused"] = sets.run  # reads every source once, for all destinations
         sets.check(sets.run, "fused")
-        labels = {
-            "N": n,
-            "bs": bs,
-            "columns": columns,
-            "bytes": sets.bytes_moved,
-            "copies": len(sets.flat_dsts),
-        }
-        found = bench.rows(calls, **labels, bandwidth_us=bench.bandwidth_us(sets.bytes_moved))
-        found[-1]["node_us"] = bench.node_us(sets.run)
-        rows += found
-    return rows
+        labels = {"N": n, "bs": bs, "columns": columns, "bytes": sets.bytes_moved}
+        labels |= {"copies": len(sets.flat_dsts), "bandwidth_us": bench.bandwidth_us(sets.bytes_moved)}
+        labels["node_us"] = bench.node_us(sets.run)
+        points.append(Point(calls, labels))
+    return bench.sweep(points)
 
 
 def _sized(rows: list[Row], method: str) -> list[Row]:

@@ -60,7 +60,7 @@ def _ladder(bench: Bench) -> list[Row]:
         calls[f"the replay call of the server (replicate, {name})"] = subject.call
     labels = {"what": "host", "bs": case.bs, "context": case.context, "N": case.backends}
     rows = bench.rows(calls, **labels)
-    return [{**row, "loop_us": bench.loop_us(calls[row["method"]])} for row in rows]
+    return [{**row, "loop_us": us} for row, us in zip(rows, bench.loops_us(list(calls.values())))]
 
 
 def _nothing() -> None:

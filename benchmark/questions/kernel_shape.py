@@ -17,7 +17,12 @@ CASES = (
 )  # requests, columns: a few KiB, what the cache holds, far above it
 SHOWN = CASES[1]
 BLOCKS = (64, 128, 256, 512, 1024)
-WHAT = {"element": "thread per element", "2-D": "2-D grid", "warp a row": "warp per row"}
+WHAT = {
+    "element": "thread per element",
+    "2-D": "2-D grid",
+    "warp a row": "warp per row",
+    "piece": "block per piece of a row",
+}
 LIBRARY = "the library's kernel (tiles of a row, 16 bytes)"
 
 
@@ -116,7 +121,7 @@ def plot(rows: list[Row], where: str, path: Path) -> None:
     drawn, (left, right) = figure("One launch that copies the six fields: GPU time of a node", where, 2)
     chosen = _named(select(rows, what="threading", explicit=False))
     cases = unique(chosen, "case")
-    colours = {"element": "#b2182b", "2-D": "#35978f", "warp a row": "#9970ab"}
+    colours = {"element": "#b2182b", "2-D": "#35978f", "warp a row": "#9970ab", "piece": "#80b1d3"}
     for threading, unit in product(WHAT, (4, 16)):
         values = [only(chosen, case=case, threading=threading, unit=unit)["node_us"] for case in cases]
         style = {"color": colours[threading], "linestyle": "-" if unit == 16 else ":", "marker": "o"}

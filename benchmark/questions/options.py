@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from sglang.benchmark_metadata.measure import Call
 
-from .bench import Bench, Row
+from .bench import Bench, Point, Row
 from .metadata_sets import CopySets, pairs_of
 from .pairs import METHODS, Pairs
 from .question import Question, Table, figure, save, select
@@ -54,26 +54,24 @@ def copy_and_wait(pairs: Pairs, make_streams: bool) -> Call:
 
 
 def measure(bench: Bench) -> list[Row]:
-    rows = []
     bs, columns = (2, 256) if bench.quick else (BS, COLUMNS)
+    points, right = [], {}
     for n in BACKENDS[:1] if bench.quick else BACKENDS:
-        pairs = pairs_of(CopySets(bench.device.type, bs, columns, n))
+        sets = CopySets(bench.device.type, bs, columns, n)
+        pairs = pairs_of(sets)
         chosen = [m for m in NAMES if bench.cuda or m not in ("triton", "streams")]
         calls = {NAMES[method]: METHODS[method](pairs) for method in chosen}
-        waiting = {}
+        calls[NAMES["fused"]] = sets.run  # reads every source once, for all backends
         if bench.cuda:
-            waiting = {
-                HOST_WAITS_C: copy_and_wait(pairs, make_streams=False),
-                AS_WRITTEN_C: copy_and_wait(pairs, make_streams=True),
-            }
-        pairs.check(calls | waiting)
-        written = {AS_WRITTEN_A: copy_as_written(pairs)}
-        right = dict.fromkeys(calls | waiting, True) | {AS_WRITTEN_A: pairs.holds(written[AS_WRITTEN_A])}
-        for row in bench.rows(
-            calls | written | waiting, eager_only=tuple(waiting), N=n, bs=bs, columns=columns
-        ):
-            rows.append({**row, "copies": right[row["method"]], "tensors": len(pairs.srcs)})
-    return rows
+            calls[HOST_WAITS_C] = copy_and_wait(pairs, make_streams=False)
+            calls[AS_WRITTEN_C] = copy_and_wait(pairs, make_streams=True)
+        pairs.check(calls)
+        written = copy_as_written(pairs)
+        right[n] = pairs.holds(written)
+        labels = {"N": n, "bs": bs, "columns": columns, "tensors": len(pairs.srcs)}
+        points.append(Point(calls | {AS_WRITTEN_A: written}, labels))
+    rows = bench.sweep(points, eager_only=(HOST_WAITS_C, AS_WRITTEN_C))
+    return [{**row, "copies": row["method"] != AS_WRITTEN_A or right[row["N"]]} for row in rows]
 
 
 def tables(rows: list[Row]) -> list[Table]:

@@ -13,7 +13,7 @@ import torch
 from sglang.benchmark_metadata.cases import TOPK
 from sglang.benchmark_metadata.measure import Call
 
-from .bench import Bench, Row
+from .bench import Bench, Point, Row
 from .question import Question, Table, bars, figure, save, select
 
 PAGE = 64
@@ -48,7 +48,7 @@ TRANSFORMS = {
 
 
 def measure(bench: Bench) -> list[Row]:
-    rows = []
+    points = []
     for bs, columns in CASES[:1] if bench.quick else CASES:
         table = torch.randint(0, 1 << 20, (bs, columns), dtype=torch.int32, device=bench.device)
         reference = _with_arange(table)
@@ -61,8 +61,8 @@ def measure(bench: Bench) -> list[Row]:
         for name, transform in TRANSFORMS.items():
             calls[f"1 table for all, {name}"] = functools.partial(transform, table)
         calls |= _generations(bs, columns, bench.device)
-        rows += bench.rows(calls, bs=bs, columns=columns)
-    return rows
+        points.append(Point(calls, {"bs": bs, "columns": columns}))
+    return bench.sweep(points)
 
 
 def _repeat(transform, table: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .bench import Bench, Row
+from .bench import Bench, Point, Row
 from .pairs import COLOURS, Pairs, methods_on
 from .question import Question, Table, bars, figure, pivot, save, select
 
@@ -25,19 +25,18 @@ FORM_COLOURS = {
 def measure(bench: Bench) -> list[Row]:
     from .triton_forms import FORMS
 
-    rows = []
+    points = []
     counts = TENSORS[:2] if bench.quick else TENSORS
     for sizes in (PUBLISHED_SIZES, *((512,) * n for n in counts)):
         pairs = Pairs.vectors(sizes, bench.device)
-        calls = methods_on(bench.device, pairs, ("copy_", "foreach", "fused"))
         forms = {name: form(pairs) for name, form in FORMS.items()}
         pairs.check(forms)
-        calls |= forms
-        what = "published" if sizes == PUBLISHED_SIZES else "sweep"
-        for row in bench.rows(calls, eager_only=(BUILT_BY_CALL,), what=what, tensors=len(sizes)):
-            row["loop_us"] = bench.loop_us(calls[row["method"]])
-            rows.append(row)
-    return rows + _parts(bench)
+        calls = methods_on(bench.device, pairs, ("copy_", "foreach", "fused")) | forms
+        labels = {"what": "published" if sizes == PUBLISHED_SIZES else "sweep", "tensors": len(sizes)}
+        points.append(Point(calls, labels))
+    rows = bench.sweep(points, eager_only=(BUILT_BY_CALL,))
+    loops = bench.loops_us([call for point in points for call in point.calls.values()])
+    return [{**row, "loop_us": us} for row, us in zip(rows, loops)] + _parts(bench)
 
 
 def _parts(bench: Bench) -> list[Row]:

@@ -5,10 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace {
-
 constexpr int kMaxRegions = 8;
-constexpr int kWarp = 32;
 
 // Everything in units of int32.
 struct Region {
@@ -23,10 +20,15 @@ struct Regions {
   Region region[kMaxRegions];
 };
 
+namespace {
+
+constexpr int kWarp = 32;
+
 enum Threading : int {
   kElement = 0,  // a thread for each unit of a region, row and column by division
   kGrid2D = 1,   // blockIdx.y strides over rows, blockIdx.x and threads over columns
   kWarpRow = 2,  // a warp for each row
+  kPiece = 3,    // a block for each piece of a row, a thread for each unit of the piece
 };
 
 template <typename Unit>
@@ -81,6 +83,16 @@ __device__ void copy_warps(const Region& region) {
   }
 }
 
+template <typename Unit>
+__device__ void copy_pieces(const Region& region) {
+  const Strided<Unit> r(region);
+  const int64_t pieces = (r.cols + blockDim.x - 1) / blockDim.x;
+  for (int64_t i = blockIdx.x; i < r.rows * pieces; i += gridDim.x) {
+    const int64_t row = i / pieces, col = (i - row * pieces) * blockDim.x + threadIdx.x;
+    if (col < r.cols) r.copy(row, col);
+  }
+}
+
 template <Threading kThreading, typename Unit>
 __device__ void copy_region(const Region& region) {
   // A region whose rows are no multiple of the unit (cu_seqlens: bs + 1) goes element by element.
@@ -91,8 +103,10 @@ __device__ void copy_region(const Region& region) {
     fits ? copy_elements<Unit>(region) : copy_elements<int32_t>(region);
   } else if constexpr (kThreading == kGrid2D) {
     fits ? copy_grid<Unit>(region) : copy_grid<int32_t>(region);
-  } else {
+  } else if constexpr (kThreading == kWarpRow) {
     fits ? copy_warps<Unit>(region) : copy_warps<int32_t>(region);
+  } else {
+    fits ? copy_pieces<Unit>(region) : copy_pieces<int32_t>(region);
   }
 }
 
@@ -126,12 +140,14 @@ void launch(const Regions& regions, bool explicit_sizes, dim3 grid, int block, c
   }
 }
 
-// Blocks for the largest region: one thread for each of its units, a warp for each of its rows; at most max_blocks.
+// Blocks for the largest region: a thread for each unit, a warp for each row, or a block for each piece of a row; at
+// most max_blocks.
 dim3 grid_of(const Regions& regions, int threading, int per, int block, int max_blocks) {
   int64_t blocks = 1, rows = 1;
   for (int r = 0; r < regions.count; ++r) {
     const Region& region = regions.region[r];
-    const int64_t columns = threading == kWarpRow ? kWarp : (region.cols + per - 1) / per;
+    int64_t columns = threading == kWarpRow ? kWarp : (region.cols + per - 1) / per;
+    if (threading == kPiece) columns = (columns + block - 1) / block * block;
     const int64_t threads = threading == kGrid2D ? columns : region.rows * columns;
     blocks = std::max(blocks, (threads + block - 1) / block);
     rows = std::max(rows, region.rows);
@@ -165,6 +181,10 @@ extern "C" int launch_copy(const Regions* regions, int threading, int unit_bytes
     case kWarpRow:
       wide ? launch<kWarpRow, int4>(*regions, explicit_sizes, grid, block, stream)
            : launch<kWarpRow, int32_t>(*regions, explicit_sizes, grid, block, stream);
+      break;
+    case kPiece:
+      wide ? launch<kPiece, int4>(*regions, explicit_sizes, grid, block, stream)
+           : launch<kPiece, int32_t>(*regions, explicit_sizes, grid, block, stream);
       break;
     default:
       return cudaErrorInvalidValue;

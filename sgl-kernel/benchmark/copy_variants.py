@@ -16,7 +16,7 @@ import torch
 
 SOURCE = Path(__file__).with_name("copy_variants.cu")
 MAX_REGIONS = 8
-THREADINGS = {"element": 0, "2-D": 1, "warp a row": 2}
+THREADINGS = {"element": 0, "2-D": 1, "warp a row": 2, "piece": 3}
 
 
 class _Region(ctypes.Structure):

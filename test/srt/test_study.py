@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +72,12 @@ def test_a_document_gets_the_tables_of_the_results(results) -> None:
     assert "old" not in filled and "kept" in filled and AS_WRITTEN_A in filled
     assert fill(filled, results[0]) == filled
     assert [match.group(3) for match in MARK.finditer(filled)] == ["cpu", "cuda"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_kernel_variants_compile_and_can_be_called(tmp_path: Path) -> None:
+    """The launchers' arguments were types of an unnamed namespace, so the library did not export them."""
+    import copy_variants
+
+    library = ctypes.CDLL(str(copy_variants.compile_library(tmp_path, "sm_90")))
+    assert library.launch_copy and library.launch_empty
