@@ -8,7 +8,7 @@ from sglang.benchmark_metadata.cases import BenchCase
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode
 
 from .bench import Bench, Row
-from .question import Question, Table, figure, only, save
+from .question import Question, Table, figure, logarithmic, only, save
 
 STEPS = (4, 8)  # speculative steps S; N = S - 1 backends
 BS, CONTEXT = 32, 16384
@@ -69,7 +69,7 @@ def plot(rows: list[Row], where: str, path: Path) -> None:
             x = group * (len(values) + 1) + i
             axes.bar(x, us, color=colour, width=0.9, label=name if group == 0 else None)
             axes.text(x, us, f"{us:.0f}", ha="center", va="bottom", fontsize=8)
-    axes.set_yscale("log")
+    logarithmic(axes)
     axes.set_xticks(
         [3 + 8 * i for i in range(len(STEPS))], [f"{steps} steps, N = {steps - 1}" for steps in STEPS]
     )

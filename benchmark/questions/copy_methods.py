@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .bench import Bench, Point, Row
 from .pairs import COLOURS, Pairs, methods_on
-from .question import Question, Table, figure, pivot, save, select, size_name
+from .question import Question, Table, figure, logarithmic, pivot, save, select, size_name, unique
 
 TENSORS = (1, 3, 7, 15, 35, 63)
 SIZES = (128, 2048, 64 << 10, 1 << 20, 16 << 20)  # bytes of each tensor
@@ -61,8 +61,12 @@ def plot(rows: list[Row], where: str, path: Path) -> None:
             if points:
                 xs, ys = [p[label] for p in points], [p["completion_us"] for p in points]
                 axes.plot(xs, ys, marker="o", color=colour, label=method)
-    left.set(xlabel=f"tensors of {size_name(AT[1])}", ylabel="completion, us (median)", yscale="log")
-    right.set(xlabel=f"bytes of each of {AT[0]} tensors", xscale="log", yscale="log")
+    logarithmic(left)
+    logarithmic(right, x=True)
+    left.set(xlabel=f"tensors of {size_name(AT[1])}", ylabel="completion, us (median)")
+    sizes = unique(sorted(rows, key=lambda row: row["bytes_each"]), "bytes_each")
+    right.set_xticks(sizes, [size_name(size) for size in sizes])
+    right.set(xlabel=f"bytes of each of {AT[0]} tensors")
     left.legend(fontsize=8, frameon=False)
     save(drawn, path)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from .bench import Bench, Point, Row
 from .metadata_sets import CopySets, pairs_of
 from .pairs import COLOURS, methods_on
-from .question import Question, Table, figure, save, select
+from .question import Question, Table, figure, logarithmic, save, select
 
 DESTINATIONS = (1, 3, 7, 15)
 AT = (32, 16384)  # requests, columns
@@ -94,7 +94,8 @@ def plot(rows: list[Row], where: str, path: Path) -> None:
     right.plot(megabytes, [r["bandwidth_us"] for r in fused], ":", color="black", label="at full bandwidth")
     size = f"{rows[0]['bs']} x {rows[0]['columns']}"
     left.set(xlabel=f"destinations N, {size}", ylabel="us (median)", ylim=(0, None))
-    right.set(xlabel=f"MB read and written, N = {fused[0]['N']}", xscale="log", yscale="log")
+    logarithmic(right, x=True)
+    right.set(xlabel=f"MB read and written, N = {fused[0]['N']}")
     right.legend(fontsize=8, frameon=False)
     save(drawn, path)
 

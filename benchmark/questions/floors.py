@@ -13,7 +13,7 @@ from sglang.srt.layers.attention.nsa.metadata_generators import Destination, Fus
 
 from .bench import Bench, Row
 from .claims import cases as claimed
-from .question import Question, Table, bars, figure, save, select
+from .question import Question, Table, bars, figure, logarithmic, save, select
 
 LONG = BenchCase(MetadataMode.DECODE, 128, 131072, 7)
 PATHS = (
@@ -130,7 +130,8 @@ def plot(rows: list[Row], where: str, path: Path) -> None:
     right.barh(places, [_figure_of(r) for r in device], color="#9ecae1", height=0.8, label="measured")
     right.barh(places, [r["floor_us"] for r in device], color="#2166ac", height=0.4, label="floor")
     right.set_yticks(places, labels, fontsize=6)
-    right.set(xlabel="us", xscale="log")
+    logarithmic(right, x=True, y=False)
+    right.set(xlabel="us")
     right.legend(fontsize=8, frameon=False)
     drawn.set_size_inches(11, 6.2)
     save(drawn, path)

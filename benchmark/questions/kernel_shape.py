@@ -8,7 +8,7 @@ from pathlib import Path
 from .bench import Bench, Row
 from .metadata_sets import CopySets, pairs_of
 from .pairs import METHODS
-from .question import Question, Table, figure, only, pivot, save, select, unique
+from .question import Question, Table, figure, logarithmic, only, pivot, save, select, unique
 
 CASES = (
     (1, 1024),
@@ -138,7 +138,8 @@ def plot(rows: list[Row], where: str, path: Path) -> None:
     )
     shown = select(rows, what="block")[0]
     right.set(xlabel=f"threads of a block, {shown['bs']} x {shown['columns']}", ylabel="us", ylim=(0, None))
-    left.set(xlabel="requests x columns", ylabel="us", yscale="log")
+    logarithmic(left)
+    left.set(xlabel="requests x columns", ylabel="us")
     left.legend(fontsize=8, frameon=False)
     save(drawn, path)
 

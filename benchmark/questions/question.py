@@ -76,6 +76,20 @@ def figure(title: str, where: str, panels: int = 1) -> tuple[Figure, list[Axes]]
     return drawn, list(axes[0])
 
 
+def logarithmic(axes: Axes, x: bool = False, y: bool = True) -> None:
+    """Log scales with plain numbers at 1, 2, 5, 10."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for wanted, axis, scale in ((x, axes.xaxis, axes.set_xscale), (y, axes.yaxis, axes.set_yscale)):
+        if wanted:
+            scale("log")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+    if x:
+        axes.tick_params("x", labelsize=8)
+
+
 def bars(
     axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str], unit: str = "us"
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from .bench import Bench, Point, Row
 from .pairs import COLOURS, Pairs, methods_on
-from .question import Question, Table, bars, figure, pivot, save, select
+from .question import Question, Table, bars, figure, logarithmic, pivot, save, select
 
 PUBLISHED_SIZES = (32, 64, 128, 256, 512, 1024, 2048)  # elements of the seven tensors
 PUBLISHED_US = {"copy_": 28.70, "Triton, a launch for each tensor": 40.85}
@@ -105,8 +105,8 @@ def plot(rows: list[Row], where: str, path: Path) -> None:
         "us a call, seven tensors of 32 .. 2,048 int32",
     )
     for name, us in PUBLISHED_US.items():
-        left.axvline(us, linestyle=":", color=_colour(name))
-        left.text(us, -0.75, f"published {us}", fontsize=7, ha="center", va="top")
+        left.axvline(us, linestyle=":", color=_colour(name), label=f"published: {name}, {us} us")
+    left.legend(fontsize=7, loc="lower right")
     for method in [row["method"] for row in published]:
         points = select(rows, what="sweep", method=method)
         right.plot(
@@ -116,7 +116,8 @@ def plot(rows: list[Row], where: str, path: Path) -> None:
             color=_colour(method),
             label=method,
         )
-    right.set(xlabel="tensors of 2 KiB", ylabel="us a call", yscale="log")
+    logarithmic(right)
+    right.set(xlabel="tensors of 2 KiB", ylabel="us a call")
     save(drawn, path)
 
 
