@@ -18,6 +18,7 @@ constexpr int kBlocksPerSm = 5;     // resident together: 48 registers a thread,
 struct CopyParams;
 struct GenerateParams;
 struct PagedMQAScheduleParams;
+struct DecodeInputsParams;
 
 namespace backend {
 
@@ -30,6 +31,7 @@ int32_t multiprocessors(int32_t device_index);  // what blocks run on at the sam
 void launch_copy(const CopyParams& params, int32_t device_index);
 void launch_generate(const GenerateParams& params, int32_t device_index);
 void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, int32_t device_index);
+void launch_decode_inputs(const DecodeInputsParams& params, int32_t device_index);
 
 }  // namespace backend
 }  // namespace sgl_kernel

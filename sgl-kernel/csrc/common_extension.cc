@@ -11,7 +11,7 @@ namespace {
 void def_planned(torch::stable::detail::StableLibrary& m, const std::string& name, const std::string& planned,
                  const std::string& run = "") {
   std::string read = planned;
-  for (size_t at; (at = read.find("(a!)")) != std::string::npos;) read.erase(at, 4);
+  for (size_t at; (at = read.find("!)")) != std::string::npos;) read.erase(at - 2, 4);
   m.def((name + "_plan(" + read + ") -> Tensor").c_str());
   m.def((name + "_run(Tensor(a!) plan" + (run.empty() ? "" : ", " + run) + ") -> ()").c_str());
   m.def((name + "_once(" + planned + (run.empty() ? "" : ", " + run) + ") -> ()").c_str());
@@ -36,6 +36,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
       "int forward_mode, int bs, Tensor seq_lens, Tensor req_pool_indices, Tensor req_to_token, Tensor(a!)[] dsts, "
       "int[] dst_fields, int[] seqlens_offsets, int page_size, int topk, int rows_per_req, Tensor? accept_lens, "
       "bool packed");
+  def_planned(m, "decode_inputs",
+              "int bs, Tensor seq_lens, Tensor req_pool_indices, Tensor req_to_token, Tensor token_pool, "
+              "Tensor(a!) input_ids, Tensor(b!) out_cache_loc, Tensor(c!) positions");
   def_planned(m, "paged_mqa_schedule",
               "Tensor[] context_lens, Tensor(a!)[] schedules, int[] atoms, int segment, bool remainder_last, "
               "bool segment_major");
@@ -57,6 +60,9 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("nsa_metadata_generate_plan", sgl_kernel::nsa_metadata_generate_plan);
   m.impl("nsa_metadata_generate_run", sgl_kernel::nsa_metadata_generate_run);
   m.impl("nsa_metadata_generate_once", sgl_kernel::nsa_metadata_generate_once);
+  m.impl("decode_inputs_plan", sgl_kernel::decode_inputs_plan);
+  m.impl("decode_inputs_run", sgl_kernel::decode_inputs_run);
+  m.impl("decode_inputs_once", sgl_kernel::decode_inputs_once);
   m.impl("paged_mqa_schedule_plan", sgl_kernel::paged_mqa_schedule_plan);
   m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
   m.impl("paged_mqa_schedule_once", sgl_kernel::paged_mqa_schedule_once);

@@ -12,7 +12,7 @@ namespace sgl_kernel {
 
 // Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another
 // number.
-constexpr int64_t kAbiVersion = 4;
+constexpr int64_t kAbiVersion = 5;
 
 using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 
@@ -43,6 +43,11 @@ std::string fused_copy_replay_data_schema();
 BoxedOperator nsa_metadata_generate_plan;
 BoxedOperator nsa_metadata_generate_run;
 BoxedOperator nsa_metadata_generate_once;
+
+// The last token of every request, its position and its slot.
+BoxedOperator decode_inputs_plan;
+BoxedOperator decode_inputs_run;
+BoxedOperator decode_inputs_once;
 
 // Lengths -> DeepGEMM's schedule of paged MQA logits, any number of them.
 BoxedOperator paged_mqa_schedule_plan;

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "python")]
 
 import sgl_kernel  # noqa: E402
+import test_decode_inputs as decode_tests  # noqa: E402
 import test_fused_metadata_copy as copy_tests  # noqa: E402
 import test_nsa_metadata_generate as generate_tests  # noqa: E402
 import test_paged_mqa_schedule as schedule_tests  # noqa: E402
@@ -50,6 +51,8 @@ def main() -> None:
         rig = sglang_tests.SGLangRig(case, "cuda")
         rig.call(rig.buffer)
         assert_same(rig.arena, rig.buffer, rig.expected(), case)
+    for case in decode_tests.CASES:
+        decode_tests.Rig(case, "cuda").check()
     for case in replay_tests.CASES:
         ReplayRig(case, "cuda").check()
     for case in DESTINATIONS:

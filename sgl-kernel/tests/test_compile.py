@@ -13,6 +13,7 @@ import sgl_kernel
 import torch
 from sgl_kernel import (
     CopyRegion,
+    DecodeInputsPlan,
     FusedMetadataCopyPlan,
     MetadataDestination,
     NSAMetadataGeneratePlan,
@@ -76,8 +77,25 @@ def replay_call(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], N
     return arguments["src_page_table"], arguments["dst_page_table"], call
 
 
+def inputs(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    tokens, written = torch.zeros(2, 300, dtype=torch.int32, device=device), []
+    for _ in range(3):
+        written.append(torch.zeros(2, dtype=torch.int32, device=device))
+    plan = DecodeInputsPlan(
+        bs=2,
+        seq_lens=torch.tensor([3, 7], device=device),
+        req_pool_indices=torch.tensor([1, 0], device=device),
+        req_to_token=torch.arange(600, dtype=torch.int32, device=device).view(2, 300),
+        token_pool=tokens,
+        input_ids=written[0],
+        out_cache_loc=written[1],
+        positions=written[2],
+    )
+    return tokens, written[0], plan.run
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("setup", [copy, generate, schedule, sglang, replay, replay_call])
+@pytest.mark.parametrize("setup", [copy, generate, schedule, sglang, replay, replay_call, inputs])
 def test_fullgraph(setup: Setup, backend: str, device: str) -> None:
     def outputs(compiled: bool) -> list[torch.Tensor]:
         source, written, call = setup(device)

@@ -15,6 +15,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 LIBRARIES = TESTS.parent / "build" / "emulation"
 CASES = [
+    "test_decode_inputs.py",
     "test_fused_metadata_copy.py",
     "test_nsa_metadata_generate.py",
     "test_paged_mqa_schedule.py",

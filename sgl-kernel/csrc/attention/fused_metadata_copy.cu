@@ -8,6 +8,7 @@
 
 namespace sgl_kernel {
 
+void load_decode_inputs_kernel();       // decode_inputs.cu
 void load_generate_kernels();           // nsa_metadata_generate.cu
 void load_paged_mqa_schedule_kernel();  // paged_mqa_schedule.cu
 
@@ -35,6 +36,7 @@ void prepare(int32_t device_index) {
   check_driver();
   const DeviceScope scope(device_index);
   load_kernel(fused_metadata_copy_kernel, "loading fused_metadata_copy_kernel");
+  load_decode_inputs_kernel();
   load_generate_kernels();
   load_paged_mqa_schedule_kernel();
   if (known) loaded[device_index].store(true, std::memory_order_release);

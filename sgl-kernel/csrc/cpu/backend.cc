@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "attention/decode_inputs.cuh"
 #include "attention/fused_metadata_copy.cuh"
 #include "attention/nsa_metadata_generate.cuh"
 #include "attention/paged_mqa_schedule.cuh"
@@ -93,6 +94,10 @@ void launch_generate(const GenerateParams& params, int32_t) {
 
 void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, int32_t) {
   for (int k = 0; k < params.num_schedules; ++k) write_schedule(params, params.schedules[k]);
+}
+
+void launch_decode_inputs(const DecodeInputsParams& params, int32_t) {
+  for (int32_t i = 0; i < params.bs; ++i) write_decode_inputs(params, i);
 }
 
 }  // namespace backend

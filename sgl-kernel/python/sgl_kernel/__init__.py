@@ -4,6 +4,7 @@ Importing this package loads nothing; the compiled library of a device is loaded
 """
 
 from ._library import available, load_error
+from .decode_inputs import DecodeInputsPlan
 from .fused_metadata import (
     CopyRegion,
     FusedMetadataCopyPlan,
@@ -25,6 +26,7 @@ from .replays import bind_copy, bind_generate, bind_generate_and_copy, bind_repl
 __all__ = [
     "DEEP_GEMM_SPLITS",
     "CopyRegion",
+    "DecodeInputsPlan",
     "FusedMetadataCopyPlan",
     "MetadataDestination",
     "NSAMetadataGeneratePlan",

@@ -20,9 +20,15 @@ from . import _jit
 logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ("cpu", "cuda")
-ABI_VERSION = 4  # kAbiVersion of include/sgl_kernel_ops.h
+ABI_VERSION = 5  # kAbiVersion of include/sgl_kernel_ops.h
 LIBRARY_DIR_VARIABLE = "SGL_KERNEL_LIBRARY_DIR"
-PLANNED_OPERATORS = ("fused_metadata_copy", "replay_copy", "nsa_metadata_generate", "paged_mqa_schedule")
+PLANNED_OPERATORS = (
+    "decode_inputs",
+    "fused_metadata_copy",
+    "nsa_metadata_generate",
+    "paged_mqa_schedule",
+    "replay_copy",
+)
 WRITING_OPERATORS = (
     *(f"{name}_{kind}" for name in PLANNED_OPERATORS for kind in ("run", "once")),
     "nsa_metadata_replicate_run",

@@ -6,6 +6,7 @@
 
 #include "cuda_emulation.h"
 
+#include "attention/decode_inputs.cuh"
 #include "attention/fused_metadata_copy.cuh"
 #include "attention/nsa_metadata_generate.cuh"
 #include "attention/paged_mqa_schedule.cuh"
@@ -37,6 +38,11 @@ void launch_generate(const GenerateParams& params, int32_t) {
 void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, int32_t) {
   emulation::block.launch(static_cast<uint32_t>(params.num_schedules), kBlockThreads,
                           [&] { paged_mqa_schedule_kernel(params); });
+}
+
+void launch_decode_inputs(const DecodeInputsParams& params, int32_t) {
+  const uint32_t blocks = (static_cast<uint32_t>(params.bs) + kBlockThreads - 1) / kBlockThreads;
+  emulation::block.launch(blocks, kBlockThreads, [&] { decode_inputs_kernel(params); });
 }
 
 }  // namespace backend
