@@ -28,8 +28,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
   m.def(sgl_kernel::fused_metadata_copy_schema().c_str());
   m.def(sgl_kernel::fused_metadata_copy_multi_schema().c_str());
 
-  def_planned(m, "replay_copy", "Tensor(a!)[] dsts, str names, int[] extras",
-              "Tensor[] srcs, int batch_size, int width");
+  m.def("replay_copy_plan(Tensor[] dsts, str names, int[] extras) -> Tensor");
+  m.def("replay_copy_once(Tensor(a!)[] dsts, str names, int[] extras, Tensor[] srcs, int batch_size, int width) -> ()");
+  for (int n = 1; n <= sgl_kernel::kMaxReplayFields; ++n) m.def(sgl_kernel::replay_copy_run_schema(n).c_str());
   m.def(sgl_kernel::fused_copy_replay_data_schema().c_str());
   def_planned(
       m, "nsa_metadata_generate",
@@ -54,7 +55,9 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("fused_metadata_copy", sgl_kernel::fused_metadata_copy);
   m.impl("fused_metadata_copy_multi", sgl_kernel::fused_metadata_copy_multi);
   m.impl("replay_copy_plan", sgl_kernel::replay_copy_plan);
-  m.impl("replay_copy_run", sgl_kernel::replay_copy_run);
+  for (int n = 1; n <= sgl_kernel::kMaxReplayFields; ++n) {
+    m.impl(sgl_kernel::replay_copy_run_name(n).c_str(), sgl_kernel::replay_copy_run);
+  }
   m.impl("replay_copy_once", sgl_kernel::replay_copy_once);
   m.impl("fused_copy_replay_data", sgl_kernel::fused_copy_replay_data);
   m.impl("nsa_metadata_generate_plan", sgl_kernel::nsa_metadata_generate_plan);

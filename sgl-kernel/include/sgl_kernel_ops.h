@@ -33,8 +33,12 @@ std::string fused_metadata_copy_schema();
 std::string fused_metadata_copy_multi_schema();
 
 // Sources that are new at every step into a captured graph's inputs: any fields, and mini-sglang's six.
+// A run is an operator for each number of sources, since a list of tensors costs twice what as many arguments do.
+constexpr int kMaxReplayFields = 12;
 BoxedOperator replay_copy_plan;
 BoxedOperator replay_copy_run;
+std::string replay_copy_run_name(int num_sources);
+std::string replay_copy_run_schema(int num_sources);
 BoxedOperator replay_copy_once;
 BoxedOperator fused_copy_replay_data;
 std::string fused_copy_replay_data_schema();

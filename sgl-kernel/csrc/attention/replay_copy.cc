@@ -17,6 +17,7 @@ namespace sgl_kernel {
 namespace {
 
 constexpr uint64_t kMagic = 0x7265706c6179u * 256 + kAbiVersion;
+static_assert(kMaxReplayFields <= kMaxCopyRegions);
 constexpr int64_t kMost = 0x7fffffff;  // of the two integers of a run
 
 // One destination: [most requests + extra], or a table [most requests, most columns]; int32.
@@ -33,9 +34,9 @@ struct ReplayField {
 
 struct ReplayFields {
   int64_t count = 0;
-  ReplayField fields[kMaxCopyRegions];
+  ReplayField fields[kMaxReplayFields];
 
-  bool counts_fit() const { return count > 0 && count <= kMaxCopyRegions; }
+  bool counts_fit() const { return count > 0 && count <= kMaxReplayFields; }
 
   void add(const char* op, const char* name, int64_t extra, AtenTensorHandle destination, int32_t device_index) {
     ReplayField& field = fields[count++];
@@ -66,8 +67,8 @@ void check_size(const char* op, const char* name, int64_t value) {
 template <typename Handle>
 void copy_fields(const char* op, const ReplayFields& plan, const Handle* sources, int64_t batch_size, int64_t width,
                  int32_t device_index) {
-  RegionArgs regions[kMaxCopyRegions];
-  TensorView dsts[kMaxCopyRegions];
+  RegionArgs regions[kMaxReplayFields];
+  TensorView dsts[kMaxReplayFields];
   for (int f = 0; f < plan.count; ++f) {
     const ReplayField& field = plan.fields[f];
     const int64_t rows = field.live_rows(batch_size), cols = field.live_cols(batch_size, width);
@@ -80,7 +81,7 @@ void copy_fields(const char* op, const ReplayFields& plan, const Handle* sources
     region.extent.rows = rows, region.extent.cols = cols;
   }
   if (batch_size == 0) return;
-  Access accesses[2 * kMaxCopyRegions];
+  Access accesses[2 * kMaxReplayFields];
   check_overlaps(op, regions, static_cast<int>(plan.count), accesses);
   CopyLaunch launch;
   for (int f = 0; f < plan.count; ++f) {
@@ -119,8 +120,8 @@ Planned<ReplayFields> make_replay_plan(StableIValue* stack) {
   auto dsts = take<std::vector<torch::stable::Tensor>>(stack[0]);
   const std::vector<std::string> names = split_names(take<std::string>(stack[1]));
   const auto extras = take<std::vector<int64_t>>(stack[2]);
-  if (dsts.empty() || dsts.size() > kMaxCopyRegions) {
-    reject(kOp, {"fields"}, "1 .. " + std::to_string(kMaxCopyRegions), dsts.size());
+  if (dsts.empty() || dsts.size() > kMaxReplayFields) {
+    reject(kOp, {"fields"}, "1 .. " + std::to_string(kMaxReplayFields), dsts.size());
   }
   if (names.size() != dsts.size() || extras.size() != dsts.size()) {
     reject(kOp, {"fields"}, "lists of one length", "lists of different lengths");
@@ -136,8 +137,8 @@ Planned<ReplayFields> make_replay_plan(StableIValue* stack) {
       reject(kOp, {"dst_", field.name}, "an extra of 0, or of at most its elements where it is 1-D", extras[f]);
     }
   }
-  Access accesses[kMaxCopyRegions];
-  TensorView views[kMaxCopyRegions];
+  Access accesses[kMaxReplayFields];
+  TensorView views[kMaxReplayFields];
   for (int64_t f = 0; f < plan.count; ++f) {
     views[f] = destination_of(plan.fields[f]);
     const Footprint bytes{views[f].data, views[f].rows, views[f].cols * 4, views[f].row_stride * 4};
@@ -148,14 +149,14 @@ Planned<ReplayFields> make_replay_plan(StableIValue* stack) {
   return {{kMagic, 1, device_index, backend::device_type(), {0, 0}}, {plan}, std::move(dsts)};
 }
 
-void run(const PlanView<ReplayFields>& plan, StableIValue* stack) {
-  const auto sources = take<std::vector<torch::stable::Tensor>>(stack[0]);
-  const int64_t batch_size = take<int64_t>(stack[1]), width = take<int64_t>(stack[2]);
+template <typename Handle>
+void run(const PlanView<ReplayFields>& plan, const Handle* sources, int64_t num_sources, int64_t batch_size,
+         int64_t width) {
   check_size(kOp, "batch_size", batch_size);
   check_size(kOp, "width", width);
-  const auto wanted = static_cast<size_t>(plan.begin->count);
-  if (sources.size() != wanted) reject(kOp, {"srcs"}, std::to_string(wanted) + " tensors", sources.size());
-  copy_fields(kOp, *plan.begin, sources.data(), batch_size, width, plan.header->device_index);
+  const int64_t wanted = plan.begin->count;
+  if (num_sources != wanted) reject(kOp, {"srcs"}, std::to_string(wanted) + " tensors", num_sources);
+  copy_fields(kOp, *plan.begin, sources, batch_size, width, plan.header->device_index);
 }
 
 // ---- the call: mini-sglang's six ----------------------------------------------------------------------------------
@@ -176,14 +177,28 @@ void replay_copy_plan(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(plan.as_tensor());
 }
 
-void replay_copy_run(StableIValue* stack, uint64_t, uint64_t) {
+std::string replay_copy_run_name(int num_sources) { return "replay_copy_run_" + std::to_string(num_sources); }
+
+std::string replay_copy_run_schema(int num_sources) {
+  std::string text = replay_copy_run_name(num_sources) + "(Tensor(a!) plan, int batch_size, int width";
+  for (int s = 0; s < num_sources; ++s) text += ", Tensor src_" + std::to_string(s);
+  return text + ") -> ()";
+}
+
+void replay_copy_run(StableIValue* stack, uint64_t num_inputs, uint64_t) {
   const TensorHandle plan = take_tensor(stack[0]);
-  run(open_plan<ReplayFields>(kOp, plan.get(), kMagic), stack + 1);
+  const int64_t batch_size = take<int64_t>(stack[1]), width = take<int64_t>(stack[2]);
+  const int num_sources = static_cast<int>(num_inputs) - 3;
+  TensorHandle sources[kMaxReplayFields];
+  for (int s = 0; s < num_sources; ++s) sources[s] = take_tensor(stack[s + 3]);
+  run(open_plan<ReplayFields>(kOp, plan.get(), kMagic), sources, num_sources, batch_size, width);
 }
 
 void replay_copy_once(StableIValue* stack, uint64_t, uint64_t) {
+  const auto sources = take<std::vector<torch::stable::Tensor>>(stack[3]);
+  const int64_t batch_size = take<int64_t>(stack[4]), width = take<int64_t>(stack[5]);
   const auto plan = make_replay_plan(stack);
-  run(plan.view(), stack + 3);
+  run(plan.view(), sources.data(), static_cast<int64_t>(sources.size()), batch_size, width);
 }
 
 std::string fused_copy_replay_data_schema() {

@@ -27,11 +27,12 @@ PLANNED_OPERATORS = (
     "fused_metadata_copy",
     "nsa_metadata_generate",
     "paged_mqa_schedule",
-    "replay_copy",
 )
 WRITING_OPERATORS = (
     *(f"{name}_{kind}" for name in PLANNED_OPERATORS for kind in ("run", "once")),
     "nsa_metadata_replicate_run",
+    *(f"replay_copy_run_{sources}" for sources in range(1, 13)),
+    "replay_copy_once",
     "fused_metadata_copy",
     "fused_metadata_copy_multi",
     "fused_copy_replay_data",
@@ -101,16 +102,19 @@ def _load(device_type: str) -> _Loaded:
 
 def _load_anew(device_type: str) -> _Loaded:
     ops = getattr(torch.ops, f"sgl_kernel_nsa_{device_type}")
-    if not hasattr(ops, "abi_version"):  # another copy of this package may have loaded it already
-        reason = _load_file(device_type)
-        if reason is not None:
-            return _Loaded(None, reason)
+    loaded_here = not hasattr(ops, "abi_version")  # another copy of this package may have loaded it already
+    reason = _load_file(device_type) if loaded_here else None
+    if reason is not None:
+        return _Loaded(None, reason)
     found = ops.abi_version()
     if found != ABI_VERSION:
         reason = (
             f"sgl_kernel: the {device_type} library has ABI version {found}, this package needs {ABI_VERSION}"
         )
         return _Loaded(None, reason)
+    if loaded_here:
+        for name in WRITING_OPERATORS:
+            torch.library.register_fake(f"sgl_kernel_nsa_{device_type}::{name}", _write_nothing)
     return _Loaded(ops, None)
 
 
@@ -134,8 +138,6 @@ def _load_file(device_type: str) -> str | None:
         reason = error.__cause__ or error  # torch wraps the dynamic linker's own words
         return f"sgl_kernel: {path} does not load under torch {torch.__version__}: {reason}"
     logger.debug("loaded %s", path)
-    for name in WRITING_OPERATORS:
-        torch.library.register_fake(f"sgl_kernel_nsa_{device_type}::{name}", _write_nothing)
     return None
 
 

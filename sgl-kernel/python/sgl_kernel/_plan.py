@@ -24,22 +24,22 @@ class Plan:
     launches: int
     """Kernel launches of one run."""
 
-    def __init__(self, device_type: str, name: str, *arguments: Any) -> None:
-        """`arguments`: of the operator `<name>_plan`."""
-        make, self._run, self._once = (
-            operator(device_type, f"{name}_{kind}") for kind in ("plan", "run", "once")
-        )
+    def __init__(self, device_type: str, name: str, *arguments: Any, run_name: str = "") -> None:
+        """`arguments`: of the operator `<name>_plan`. `run_name`: by default `<name>_run`."""
+        make, self._once = (operator(device_type, f"{name}_{kind}") for kind in ("plan", "once"))
         self.device_type = device_type
         self._arguments = arguments
         self._memory = [_alias(argument) for argument in arguments]
         self._plan = make(*self._memory)  # uint8 on the CPU: csrc/plan.h
+        self.run_name = run_name or f"{name}_run"
+        self._run = operator(device_type, self.run_name)
         self.launches = int(self._plan[8:16].view(torch.int64)[0])  # PlanHeader::num_launches
 
-    def _enqueue(self, *arguments: Any) -> None:
+    def _enqueue(self, *integers: int) -> None:
         if torch.compiler.is_compiling():
-            self._once(*self._arguments, *arguments)
+            self._once(*self._arguments, *integers)
         else:
-            self._run(self._plan, *arguments)
+            self._run(self._plan, *integers)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} holds addresses of tensors: it cannot be copied or pickled")

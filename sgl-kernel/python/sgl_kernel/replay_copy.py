@@ -47,6 +47,7 @@ class ReplayCopyPlan(Plan):
             [field.destination for field in fields],
             ",".join(field.name for field in fields),
             [field.extra for field in fields],
+            run_name=f"replay_copy_run_{len(fields)}",
         )
 
     def run(self, sources: Sequence[torch.Tensor], batch_size: int, width: int = 0) -> None:
@@ -57,7 +58,10 @@ class ReplayCopyPlan(Plan):
         batch_size: 0 is nothing to do; more than a destination holds is an error.
         width: live columns of the tables; 0 leaves them alone.
         """
-        self._enqueue(list(sources), batch_size, width)
+        if torch.compiler.is_compiling():
+            self._once(*self._arguments, list(sources), batch_size, width)
+        else:
+            self._run(self._plan, batch_size, width, *sources)
 
 
 def fused_copy_replay_data(

@@ -51,9 +51,9 @@ def bind_generate_and_copy(generate: NSAMetadataGeneratePlan, copy: FusedMetadat
 def bind_replay_copy(copy: ReplayCopyPlan) -> Callable[[Sequence[torch.Tensor], int, int], None]:
     """A copy of tensors that are new at every step. What is returned takes the arguments of
     `ReplayCopyPlan.run`, with the sources in a list."""
-    run, plan = entry(copy.device_type, "replay_copy_run"), copy._plan
+    run, plan = entry(copy.device_type, copy.run_name), copy._plan
 
     def replay(sources: Sequence[torch.Tensor], batch_size: int, width: int, _alive: object = copy) -> None:
-        run(plan, sources, batch_size, width)
+        run(plan, batch_size, width, *sources)
 
     return replay

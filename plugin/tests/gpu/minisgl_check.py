@@ -1,0 +1,474 @@
+"""mini-sglang on a GPU in the modes of MINISGL_USE_FUSED_COPY: equal tokens, launches, host time, step time.
+
+    python plugin/tests/gpu/minisgl_check.py PART... --out FOLDER
+
+Parts: tokens, copies, steps, steps-fi, servers, servers-tp2.
+
+Needs mini-sglang's `python/` folder, the plugin's wheel unpacked and minisgl_stand_in/ on PYTHONPATH. MODEL
+is a folder with a tokenizer and a config; weights are random. Each LLM and server is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MODES = ("0", "1", "in_graph")
+VARIABLE = "MINISGL_USE_FUSED_COPY"
+SIZES = (1, 8, 64, 256)
+# What LLM is given in each case whose tokens are compared.
+CASES = {
+    "fa": {"attention_backend": "fa"},
+    "fa, page 16": {"attention_backend": "fa", "page_size": 16},
+    "fa prefill, FlashInfer decode": {"attention_backend": "fa,fi"},
+    "fa, few slots": {"attention_backend": "fa", "max_running_req": 24, "num_page_override": 12000},
+}
+COMMON = {
+    "use_dummy_weight": True,
+    "max_seq_len_override": 2048,
+    "cuda_graph_bs": [1, 2, 4, 8, 16, 32, 64],
+    "num_page_override": 131072,
+    "max_running_req": 64,
+}
+
+
+def make_model(source: Path, target: Path, **changes: object) -> Path:
+    """The model's folder with another config."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.name != "config.json":
+            (target / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+# ---- children: one LLM each
+
+
+def start_llm(model: str, **arguments: object) -> Any:
+    from sglang_nsa.minisgl import install
+
+    mode = install()
+    from minisgl.engine.config import EngineConfig
+    from minisgl.llm import LLM
+
+    port = 20000 + os.getpid() % 20000  # its own is one for all offline engines of a machine
+    EngineConfig.distributed_addr = property(lambda self: f"tcp://127.0.0.1:{port}")
+
+    if arguments.get("page_size", 1) > 1:
+        arguments["num_page_override"] = arguments.get("num_page_override", 131072) // arguments["page_size"]
+    llm = LLM(model, **arguments)
+    print(f"mode {mode.value}, {type(llm.engine.attn_backend).__name__}", flush=True)
+    return llm
+
+
+def child_tokens(model: str, case: str, out: str) -> None:
+    """300 requests of all lengths; half share a prefix, and the answers end at different steps."""
+    from minisgl.core import SamplingParams
+
+    llm = start_llm(model, **(COMMON | CASES[case]))
+    rng = random.Random(0)
+    shared = [rng.randrange(3, 500) for _ in range(90)]
+    prompts, params = [], []
+    for number in range(300):
+        own = [rng.randrange(3, 500) for _ in range(rng.randrange(2, 200))]
+        prompts.append(shared + own if number % 2 else own)
+        params.append(
+            SamplingParams(temperature=0.0, ignore_eos=number % 3 > 0, max_tokens=rng.randrange(2, 90))
+        )
+    rounds = []
+    for _ in range(2):  # the second round finds prefixes in the cache
+        started = time.monotonic()
+        answers = [answer["token_ids"] for answer in llm.generate(prompts, params)]
+        rounds.append(answers)
+        print(f"{sum(map(len, answers))} tokens in {time.monotonic() - started:.1f} s", flush=True)
+    Path(out).write_text(json.dumps(rounds))
+
+
+def decode_batch(llm: Any, bs: int, length: int) -> Any:
+    """A padded decode batch of mini-sglang's own, prepared by it, with its input ids."""
+    import torch
+    from minisgl.core import Batch, Req, SamplingParams
+
+    reqs = [
+        Req(
+            input_ids=torch.zeros(length - i % 7, dtype=torch.int32),
+            table_idx=i,
+            cached_len=length - i % 7 - 1,
+            output_len=8,
+            uid=i,
+            sampling_params=SamplingParams(),
+            cache_handle=None,
+        )
+        for i in range(bs)
+    ]
+    batch = Batch(reqs=reqs, phase="decode")
+    prepared = llm._prepare_batch(batch)
+    batch.input_ids = llm.token_pool[prepared.input_tuple]
+    return batch
+
+
+def child_copies(model: str, case: str, out: str) -> None:
+    """Host time of what comes before the graph's launch in `GraphRunner.replay`, one LLM, methods by
+    turns."""
+    import torch
+    from sglang_nsa.minisgl.fused_replay import FusedReplay
+    from sglang_nsa.minisgl.hooks import find_buffers
+
+    own = {"attention_backend": "fa", "cuda_graph_bs": list(SIZES), "max_running_req": 256}
+    llm = start_llm(model, **(COMMON | own | {"max_seq_len_override": 8192}))
+    runner = llm.engine.graph_runner
+    buffers = find_buffers(runner)
+    fused = FusedReplay(buffers)
+    rows = []
+    with torch.inference_mode(), torch.cuda.stream(llm.engine.stream):
+        for bs in SIZES:
+            for length in (500, 4000):
+                batch = decode_batch(llm, bs, length)
+                torch.cuda.synchronize()
+                methods = copy_methods(runner, buffers, batch)
+                methods["fused"] = lambda batch=batch: fused(batch)
+                rows += compare_methods(methods, bs, length)
+    Path(out).write_text(json.dumps(rows))
+
+
+def copy_methods(runner: Any, buffers: Any, batch: Any) -> dict[str, Callable[[], None]]:
+    """mini-sglang's own copies, and the same pairs in one torch call with the views held that can be."""
+    import torch
+
+    take, table = buffers.sources(), buffers.tensor(buffers.fields[-1])
+    bs = batch.padded_size
+    held = [buffers.tensor(field)[: bs + field.extra] for field in buffers.fields[:-1]]
+
+    def six() -> None:
+        runner.buffer.copy_from(batch)
+        runner.attn_backend.prepare_for_replay(batch)
+
+    def foreach() -> None:
+        sources = take(batch)
+        torch._foreach_copy_([*held, table[:bs, : sources[-1].shape[1]]], sources)
+
+    return {"six copy_": six, "_foreach_copy_": foreach}
+
+
+def compare_methods(methods: dict[str, Callable[[], None]], bs: int, length: int) -> list[dict]:
+    import torch
+
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    for turn in range(320):
+        for name, run in methods.items():
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            run()
+            spent = time.perf_counter() - started
+            if turn >= 20:
+                times[name].append(spent * 1e6)
+    return [
+        {"bs": bs, "length": length, "method": name, "host_us": statistics.median(times[name]),
+         "launches": count_calls(run)}
+        for name, run in methods.items()
+    ]  # fmt: skip
+
+
+ENQUEUES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaGraphLaunch")
+
+
+def count_calls(run: Callable[[], object]) -> int:
+    """Calls that enqueue work on the device."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.name.startswith(ENQUEUES) for event in profiled.events())
+
+
+class Watch:
+    """Host time of some of a scheduler's methods, for full decode batches alone."""
+
+    def __init__(self, llm: Any, bs: int) -> None:
+        self.bs, self.spent, self.starts = bs, {}, []
+        self._restore = []
+        for owner, name in (
+            (llm, "_schedule_next_batch"),
+            (llm, "_prepare_batch"),
+            (llm, "_forward"),
+            (llm.engine.graph_runner, "replay"),
+        ):
+            self._wrap(owner, name)
+
+    def _wrap(self, owner: Any, name: str) -> None:
+        method, times = getattr(owner, name), self.spent.setdefault(name, [])
+
+        def timed(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = method(*args)
+            spent = time.perf_counter() - started
+            given = args[0] if args else result  # a batch, a ForwardInput, or what was scheduled
+            batch = getattr(given, "batch", given)
+            if getattr(batch, "phase", "") == "decode" and batch.size == self.bs:
+                times.append(spent * 1e6)
+                if name == "_forward":
+                    self.starts.append(started * 1e6)
+            return result
+
+        setattr(owner, name, timed)
+        self._restore.append((owner, name))
+
+    def stop(self) -> None:
+        for owner, name in self._restore:
+            delattr(owner, name)
+
+    def medians(self) -> dict[str, float]:
+        steps = [b - a for a, b in zip(self.starts, self.starts[1:])]
+        return {name: statistics.median(times) for name, times in self.spent.items()} | {
+            "step": statistics.median(steps)
+        }
+
+
+def child_steps(model: str, case: str, out: str) -> None:
+    """Whole decode steps of full batches."""
+    from minisgl.core import SamplingParams
+
+    arguments = {"attention_backend": case, "cuda_graph_bs": list(SIZES), "max_running_req": 256}
+    llm = start_llm(model, **(COMMON | arguments))
+    rng, rows = random.Random(1), []
+    for bs in SIZES:
+        prompts = [[rng.randrange(3, 500) for _ in range(64)] for _ in range(bs)]
+
+        def generate(tokens: int, prompts: list = prompts) -> None:
+            llm.generate(prompts, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=tokens))
+
+        generate(8)
+        calls = (count_calls(lambda: generate(36)) - count_calls(lambda: generate(20))) / 16
+        watch = Watch(llm, bs)
+        for _ in range(3):
+            generate(100)
+        watch.stop()
+        rows.append({"bs": bs, "enqueues_per_step": calls, **watch.medians()})
+        print(rows[-1], flush=True)
+    Path(out).write_text(json.dumps(rows))
+
+
+CHILDREN = {"tokens": child_tokens, "copies": child_copies, "steps": child_steps}
+
+
+# ---- the parent
+
+
+class Check:
+    def __init__(self, model: Path, out: Path) -> None:
+        self.out, self.failed = out, []
+        self.model = make_model(model, out / "model", vocab_size=512)
+        self.large = model
+        self.lines: list[str] = []
+        self.gpus = len(os.environ.get("GPUS", "0").split(","))
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+
+    def child(self, kind: str, mode: str, case: str, model: Path, name: str, gpu: int = 0) -> Any | None:
+        """The child's result; None where it failed, with the end of its log."""
+        result, log = self.out / f"{name}.json", self.out / f"{name}.log"
+        command = [sys.executable, __file__, "child", kind, str(model), case, str(result)]
+        env = os.environ | {VARIABLE: mode, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        with log.open("w") as output:
+            try:
+                done = subprocess.run(command, env=env, stdout=output, stderr=subprocess.STDOUT, timeout=150)
+                code = done.returncode
+            except subprocess.TimeoutExpired:
+                code = "timeout"
+        if code != 0 or not result.exists():
+            self.failed.append(name)
+            self.say(f"{name}: FAILED ({code})")
+            print("\n".join(log.read_text(errors="replace").splitlines()[-12:]), flush=True)
+            return None
+        return json.loads(result.read_text())
+
+    def tokens(self) -> None:
+        """Nothing is timed here: several at a time."""
+        with ThreadPoolExecutor(4) as pool:
+            running = {
+                (case, mode): pool.submit(
+                    self.child,
+                    "tokens",
+                    mode,
+                    case,
+                    self.model,
+                    f"tokens_{number}_{mode}",
+                    number % self.gpus,
+                )
+                for number, case in enumerate(CASES)
+                for mode in MODES
+            }
+            for case in CASES:
+                results = {mode: running[case, mode].result() for mode in MODES}
+                self.compare(f"tokens, {case}", results)
+
+    def compare(self, title: str, results: dict[str, Any], exact: bool = True) -> None:
+        """Every mode against mode 0, request by request."""
+        own = results["0"]
+        for mode, found in results.items():
+            if mode == "0" or own is None or found is None:
+                continue
+            pairs = [(a, b) for x, y in zip(own, found, strict=True) for a, b in zip(x, y, strict=True)]
+            equal = sum(a == b for a, b in pairs)
+            distinct = len({tuple(a) if isinstance(a, list) else a for a, _ in pairs})
+            self.say(f"{title}: {mode} equals 0 in {equal} of {len(pairs)} ({distinct} distinct answers)")
+            if exact and equal != len(pairs):
+                self.failed.append(title)
+
+    def copies(self) -> None:
+        rows = self.child("copies", "0", "", self.large, "copies")
+        for row in rows or ():
+            self.say(
+                f"copies bs {row['bs']:>3} length {row['length']:>4} {row['method']:<15}"
+                f"{row['launches']:>3} launches {row['host_us']:8.2f} us"
+            )
+
+    def steps(self, backend: str = "fa", turns: int = 1) -> None:
+        short = backend.replace(",", "_")
+        for turn, mode in ((turn, mode) for turn in range(turns) for mode in MODES):
+            rows = self.child("steps", mode, backend, self.large, f"steps_{short}_{mode}_{turn}")
+            for row in rows or ():
+                self.say(
+                    f"steps {backend:<5} turn {turn} mode {mode:<8} bs {row['bs']:>3}: "
+                    f"enqueues {row['enqueues_per_step']:5.1f}, "
+                    f"prepare {row['_prepare_batch']:7.1f}, replay {row['replay']:7.1f}, "
+                    f"forward {row['_forward']:7.1f}, step {row['step']:8.1f} us"
+                )
+
+    def servers(self, tp: int = 1) -> None:
+        """Requests at once meet other batches in every run, and so other roundings: beside the modes stands a
+        second server of mode 0."""
+        runs = (*MODES, "0 again")
+        # With one rank each all at once; ranks compare their free memory when they start.
+        with ThreadPoolExecutor(len(runs) if tp == 1 else 1) as pool:
+            results = dict(zip(runs, pool.map(lambda run: self.serve(run, tp), runs)))
+        for part, title in enumerate(("one after the other", "240 at once")):
+            found = {m: r and [r[part]] for m, r in results.items()}
+            self.compare(f"server, tp {tp}, {title}", found, exact=part == 0)
+
+    def serve(self, run: str, tp: int) -> list[list[str]] | None:
+        name = f"server_tp{tp}_{run.replace(' ', '_')}"
+        port = 21000 + 100 * tp + 10 * (MODES.index(run) if run in MODES else len(MODES))
+        try:
+            with server(self.model, run.split()[0], tp, port, self.out / f"{name}.log") as url:
+                return [ask_in_turn(url, 60), ask_together(url, 240)]
+        except Exception as error:
+            self.failed.append(name)
+            self.say(f"{name}: FAILED {error!r}")
+            log = (self.out / f"{name}.log").read_text(errors="replace").splitlines()
+            print("\n".join(log[-15:]), flush=True)
+            return None
+
+
+@contextlib.contextmanager
+def server(model: Path, mode: str, tp: int, port: int, log: Path) -> Iterator[str]:
+    command = [
+        sys.executable, "-m", "sglang_nsa.minisgl", "--model", str(model), "--attn", "fa", "--dummy-weight",
+        "--port", str(port), "--max-seq-len-override", "2048", "--num-pages", "131072", "--graph", "64",
+        "--max-running-requests", "64", "--tp-size", str(tp), "--disable-pynccl",
+    ]  # fmt: skip
+    if tp == 1:
+        command.remove("--disable-pynccl")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {VARIABLE: mode},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(url, process)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 15)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+
+
+def wait_until_ready(url: str, process: subprocess.Popen) -> None:
+    for _ in range(240):
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with {process.returncode}")
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{url}/v1/models", timeout=2).read()
+            return
+        time.sleep(0.5)
+    raise RuntimeError("the server did not start")
+
+
+def ask(url: str, number: int) -> str:
+    rng = random.Random(number)
+    words = ["def", "import", "self", "return", "for", "in", "range", "print", "value", "index"]
+    prompt = " ".join(rng.choice(words) for _ in range(rng.randrange(2, 60)))
+    body = {"prompt": prompt, "max_tokens": rng.randrange(4, 60), "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/generate", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    return urllib.request.urlopen(request, timeout=60).read().decode()
+
+
+def ask_in_turn(url: str, count: int) -> list[str]:
+    return [ask(url, number) for number in range(count)]
+
+
+def ask_together(url: str, count: int) -> list[str]:
+    with ThreadPoolExecutor(48) as pool:
+        return list(pool.map(lambda number: ask(url, 1000 + number), range(count)))
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["child"]:
+        kind, model, case, out = sys.argv[2:]
+        CHILDREN[kind](model, case, out)
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "parts", nargs="+", choices=("tokens", "copies", "steps", "steps-fi", "servers", "servers-tp2")
+    )
+    parser.add_argument("--model", type=Path, default=os.environ.get("MODEL"))
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    check = Check(options.model, options.out)
+    parts = {
+        "tokens": check.tokens,
+        "copies": check.copies,
+        "steps": check.steps,
+        "steps-fi": lambda: check.steps("fa,fi"),
+        "servers": check.servers,
+        "servers-tp2": lambda: check.servers(2),
+    }
+    for part in options.parts:
+        started = time.monotonic()
+        parts[part]()
+        print(f"== {part}: {time.monotonic() - started:.0f} s", flush=True)
+        (options.out / "minisgl_check.txt").write_text("\n".join(check.lines) + "\n")
+    print(f"FAILED: {', '.join(check.failed)}" if check.failed else "all parts passed", flush=True)
+    return bool(check.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
