@@ -64,11 +64,14 @@ def compare_tokens(servers: list[Server]) -> None:
 
 def print_comparison(server: Server, first: str, expected: list[dict], answers: list[dict]) -> None:
     same = [a["tokens"] == b["tokens"] for a, b in zip(expected, answers, strict=True)]
-    alone, together = same[: load.ALONE], same[load.ALONE :]
+    accepted = [a["verified"] == b["verified"] for a, b in zip(expected, answers, strict=True)]
+    parts = [
+        f"{sum(same[chosen])} of {len(same[chosen])} answers {how}, {sum(accepted[chosen])} in as many steps"
+        for chosen, how in ((slice(load.ALONE), "alone"), (slice(load.ALONE, None), "eight at a time"))
+    ]
+    steps = [a["verified"] or 0 for a in answers]
     print(
-        f"{server.name}: as {first}: {sum(alone)} of {len(alone)} answers alone, {sum(together)} of"
-        f" {len(together)} eight at a time; verify steps {[a['verified'] for a in answers[:4]]},"
-        f" {sum(a['verified'] or 0 for a in answers)} in all",
+        f"{server.name}: as {first}: {'; '.join(parts)}; verify steps {sum(steps)}: {steps[: load.ALONE]}",
         flush=True,
     )
     for line in server.says(last=4 if server.layout else 1):
@@ -111,7 +114,7 @@ TOKEN_GROUPS = (
 
 
 def token_server(release: str, steps: int, variant: str, simulated: bool, kind: str) -> Server:
-    layout = {"none": None, "flag0": "shared"}.get(kind, kind.removesuffix("-verify"))
+    layout = {"none": None, "none-again": None, "flag0": "shared"}.get(kind, kind.removesuffix("-verify"))
     env = (SIMULATE if simulated else {}) | (VERIFY if "verify" in kind else {})
     env |= FLAG_OFF if kind == "flag0" else {}
     name = f"{release}-s{steps}-{variant}{'-simulated' if simulated else ''}-{kind}"
@@ -120,9 +123,37 @@ def token_server(release: str, steps: int, variant: str, simulated: bool, kind: 
 
 def tokens_rest() -> None:
     """STEPS 2, 4 and 8, bf16 and fp8, flag 0, each layout, simulated acceptance: a group at a time."""
-    for group in TOKEN_GROUPS:
+    chosen = os.environ.get("TOKEN_GROUPS", "0 1 2").split()
+    for group in (TOKEN_GROUPS[int(index)] for index in chosen):
         for release in RELEASES:
             compare_tokens([token_server(release, *case[:3], kind) for case in group for kind in case[3]])
+
+
+ACCEPTED = (
+    (4, "bf16", ("none", "none-again", "shared-verify", "in_graph-verify", "replicate-verify")),
+    (8, "bf16", ("none", "shared", "in_graph")),
+    (4, "fp8", ("none", "shared-verify")),
+)
+
+
+def tokens_accepted() -> None:
+    """Weights with which tokens and accepted drafts depend on attention: both are compared.
+
+    Between answers that run together even two servers without the plugin differ: their batches are others.
+    """
+    model = OUT.resolve() / "accepted_model"
+    script, config = Path(__file__).with_name("accepted_model.py"), BUNDLES / "real_sglang/model"
+    print(python("0.5.12", [str(script), str(config), str(model)], 100), flush=True)
+    for release in RELEASES:
+        servers = [
+            token_server(release, steps, variant, False, kind)
+            for steps, variant, kinds in ACCEPTED
+            for kind in kinds
+        ]
+        for server in servers:
+            server.name += "-accepted"
+            server.args = f"--model-path {model} --load-format auto"
+        compare_tokens(servers)
 
 
 def tensor_parallel() -> None:
@@ -206,7 +237,8 @@ def bench() -> None:
 
 def other_releases() -> None:
     """The tests' comparisons on the GPU: the classes of each release in sources/, as far as it imports."""
-    folders = sorted(path for path in (BUNDLES / "sources").glob("*") if path.is_dir())
+    sources = Path(os.environ.get("SOURCES", BUNDLES / "sources"))
+    folders = sorted(path for path in sources.glob("*") if path.is_dir())
     tests = Path(__file__).resolve().parents[1]
     arguments = [str(tests / "gpu/other_release.py")]
     with ThreadPoolExecutor(len(folders) or 1) as pool:
@@ -237,6 +269,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "other_releases": other_releases,
     "tokens_first": tokens_first,
     "tokens_rest": tokens_rest,
+    "tokens_accepted": tokens_accepted,
     "alternate": alternate,
     "soak": soaking,
     "tp": tensor_parallel,
