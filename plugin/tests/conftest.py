@@ -15,6 +15,7 @@ FLAGS = (
     "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA",
     "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA",
     "SGLANG_NSA_PLUGIN_LAYOUT",
+    "SGLANG_NSA_PLUGIN_BACKENDS",
     "SGLANG_NSA_PLUGIN_STRICT",
     "SGLANG_NSA_PLUGIN_ALTERNATE",
     "SGLANG_NSA_VERIFY_METADATA",
@@ -23,16 +24,18 @@ FLAGS = (
 
 @pytest.fixture
 def plugin(monkeypatch) -> Iterator[Callable]:
-    """plugin(layout, **flags): loads the plugin as SGLang does, through its entry point and HookRegistry."""
+    """plugin(layout, kind, **flags): loads the plugin as SGLang does, through its entry point and
+    HookRegistry. Returns the hooks of the kind, None where there are none."""
     import harness
     import sglang.srt.plugins as plugins
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang_nsa import entry
-    from sglang_nsa.family import find_installed
+    from sglang_nsa.family import FAMILIES, find_installed
 
-    installed = find_installed()
-    names = ("__init__", *installed.family.methods)
-    before = {name: installed.wrapper_class.__dict__[name] for name in names}
+    before = []
+    for installed in map(find_installed, FAMILIES):
+        owner = installed.wrapper_class
+        before += [(owner, name, vars(owner)[name]) for name in ("__init__", *installed.family.methods)]
     registered = []
     original = entry.register
     monkeypatch.setattr(entry, "register", lambda: registered.append(original()))
@@ -41,7 +44,7 @@ def plugin(monkeypatch) -> Iterator[Callable]:
     if not harness.ON_GPU:
         monkeypatch.setenv("SGLANG_OPT_USE_TOPK_V2", "0")  # its planner is compiled for a GPU at first use
 
-    def load(layout="shared", **flags):
+    def load(layout="shared", kind="nsa", **flags):
         for name in FLAGS:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("SGLANG_NSA_PLUGIN_LAYOUT", layout)
@@ -51,12 +54,9 @@ def plugin(monkeypatch) -> Iterator[Callable]:
         monkeypatch.setattr(plugins, "_plugins_loaded", False)
         HookRegistry.reset()
         plugins.load_plugins()
-        hooks = registered[-1]
-        if hooks is not None:
-            object.__setattr__(hooks.installed, "construct", before["__init__"])
-        return hooks
+        return registered[-1].get(kind)
 
     yield load
     HookRegistry.reset()
-    for name, method in before.items():
-        setattr(installed.wrapper_class, name, method)
+    for owner, name, method in before:
+        setattr(owner, name, method)

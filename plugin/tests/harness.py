@@ -22,7 +22,10 @@ ON_GPU = (
 
 def model_runner(sizes: Sizes, **server_args: Any) -> SimpleNamespace:
     return SimpleNamespace(
-        sizes=sizes, req_to_token=token_table(sizes, DEVICE), server_args=SimpleNamespace(**server_args)
+        sizes=sizes,
+        req_to_token=token_table(sizes, DEVICE),
+        server_args=SimpleNamespace(**server_args),
+        kv_index_translator=None,
     )
 
 
@@ -30,7 +33,8 @@ def replace_constructor(monkeypatch: Any, installed: Installed) -> None:
     """The wrapper is built by its own constructor; a backend's asks for a GPU and a whole model."""
 
     def construct(backend: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
-        set_attributes(installed, backend, runner.sizes, runner.req_to_token)
+        step = kwargs.get("speculative_step_id", 0)
+        set_attributes(installed, backend, runner.sizes, runner.req_to_token, step)
 
     monkeypatch.setattr(installed.backend_class, "__init__", construct)
 

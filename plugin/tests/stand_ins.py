@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -25,7 +26,6 @@ ROOTS = frozenset(
         "sgl_kernel",
         "torch_memory_saver",
         "torchvision",
-        "triton",
     }
 )
 OWN = ("sglang", "sglang_nsa")  # never stood in for
@@ -84,6 +84,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
+    """Triton itself is the real one, which interprets SGLang's kernels."""
+    os.environ["TRITON_INTERPRET"] = "1"
     sys.meta_path.insert(0, _Finder(ROOTS))
 
 

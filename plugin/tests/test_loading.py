@@ -10,6 +10,7 @@ import harness
 import pytest
 import torch
 from sglang_nsa.family import FAMILIES, UnsupportedError, find_installed
+from sglang_nsa.fields import MetadataForm
 from sglang_nsa.hooks import draft_metadata_of
 from sglang_nsa.real_classes import Sizes, make_batch
 from sglang_nsa.settings import Settings
@@ -66,6 +67,7 @@ def test_flag_0_leaves_sglang_untouched(plugin, name):
     [
         {"SGLANG_NSA_PLUGIN_LAYOUT": "both"},
         {"SGLANG_NSA_PLUGIN_STRICT": "maybe"},
+        {"SGLANG_NSA_PLUGIN_BACKENDS": "nsa,fa2"},
         {"SGLANG_NSA_PLUGIN_ALTERNATE": "-1"},
         {"SGLANG_NSA_VERIFY_METADATA": "2"},
     ],
@@ -106,7 +108,7 @@ def test_no_family_names_what_was_looked_for(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError) as caught:
         find_installed()
-    assert all(family.module in str(caught.value) for family in FAMILIES)
+    assert all(family.module in str(caught.value) for family in FAMILIES["nsa"])
 
 
 def run_and_compare(runner):
@@ -185,7 +187,7 @@ def test_lengths_that_differ_by_step_are_left_alone(plugin, monkeypatch):
 
 
 def test_unknown_fields_are_refreshed_by_sglang(plugin, monkeypatch):
-    monkeypatch.setattr("sglang_nsa.trial.unknown_fields", lambda metadata, prefix: ["pooled_something"])
+    monkeypatch.setattr(MetadataForm, "unknown", lambda form, metadata: ["pooled_something"])
     runner = served(plugin, monkeypatch)
     draft = draft_metadata_of(runner.wrapper)
     assert draft.layout == "shared" and "pooled_something" in draft.reason

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .settings import BACKENDS
+
 DECODE = ["flashmla_sparse", "flashmla_kv"]
+PAGE_SIZE = {"nsa": 64, "fa3": 1}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,10 +16,12 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is installed, and what the plugin would do")
     bench = commands.add_parser("bench", help="SGLang's own path and the plugin's, side by side")
+    bench.add_argument("--backend", choices=BACKENDS, nargs="+", default=list(BACKENDS), help="kind")
     bench.add_argument("--steps", type=int, nargs="+", default=[3, 4, 8], help="N is one less")
     bench.add_argument("--bs", type=int, nargs="+", default=[1, 8, 32], help="requests")
     bench.add_argument("--context-len", type=int, default=16384)
-    bench.add_argument("--decode", choices=DECODE, nargs="+", default=DECODE[:1], help="decode kernel")
+    bench.add_argument("--page-size", type=int, help="tokens per page of keys; default: nsa 64, fa3 1")
+    bench.add_argument("--decode", choices=DECODE, nargs="+", default=DECODE[:1], help="nsa's decode kernel")
     bench.add_argument("--json", action="store_true", help="JSON instead of the table")
     options = parser.parse_args(arguments)
     if options.command == "doctor":
@@ -26,11 +31,20 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from .bench import print_json, print_table, run_bench
+    from .real_classes import Sizes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for decode in options.decode:
-        rows = run_bench(options.steps, options.bs, options.context_len, decode, device)
-        print_json(rows) if options.json else print_table(rows)
+    for kind in options.backend:
+        for decode in options.decode if kind == "nsa" else DECODE[:1]:
+            sizes = Sizes(
+                context_len=options.context_len,
+                pool=max(options.bs) + 1,
+                page_size=options.page_size or PAGE_SIZE[kind],
+                draft_tokens=max(options.steps) + 1,
+                decode=decode,
+            )
+            rows = run_bench(kind, options.steps, options.bs, sizes, device)
+            print_json(rows) if options.json else print_table(rows)
     return 0
 
 

@@ -1,7 +1,8 @@
 """`python -m sglang_nsa bench`: SGLang's own path and the plugin's layouts, on SGLang's real classes.
 
-First compares every field, derived ones included; then times. On a GPU, completion is synchronize, call,
-synchronize; enqueue is the call alone; graph is the GPU time of the node that `in_graph` captures.
+First compares every field, derived ones included; then times, a call of each path in turn. On a GPU,
+completion is synchronize, call, synchronize; enqueue is the call alone; launches is what the call starts;
+graph is the GPU time of it all as nodes of a graph, of `in_graph` of what it captures.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +26,26 @@ from .settings import LAYOUTS, Settings
 from .verification import difference
 
 CALLS = 200  # timed, after a tenth as many that are not
+Call = Callable[[], None]
 
 
 def run_bench(
-    steps: list[int], sizes: list[int], context_len: int, decode: str, device: torch.device
+    kind: str, steps: list[int], sizes: list[int], dims: Sizes, device: torch.device
 ) -> list[dict[str, Any]]:
     """One row for each depth, batch size and path; raises where a field differs."""
-    installed = find_installed()
-    dims = Sizes(context_len, max(sizes) + 1, decode=decode)
+    installed = find_installed(kind)
     cases = (Case(installed, depth, sizes, dims, device) for depth in steps)
     return [row for case in cases for bs in sizes for row in case.rows(bs)]
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way to bring the metadata up to date: what the host calls, and what runs on the GPU for it."""
+
+    name: str
+    call: Call
+    on_gpu: Call | None  # None where it cannot be captured
+    stale: list[str]
 
 
 class Case:
@@ -46,6 +58,7 @@ class Case:
         self.req_to_token = token_table(dims, device)
         self.memory: dict[str, int] = {}
         self.own = self._wrapper("sglang", sizes, None)
+        self.form = installed.form(self.own[0].attn_backends[0])
         self.drafts = {layout: self._wrapper(layout, sizes, layout) for layout in LAYOUTS}
 
     def _wrapper(self, name: str, sizes: list[int], layout: str | None) -> tuple[Any, StaticBuffers, Any]:
@@ -69,73 +82,88 @@ class Case:
         return wrapper, buffers, draft
 
     def rows(self, bs: int) -> list[dict[str, Any]]:
-        batch = self._batch(bs)
-        own, buffers, _ = self.own
-        given = buffers.set(batch, bs)
-        self.installed.replay(own, given, bs)
-        stale = self._stale(bs)
-        rows = [self._row("sglang", bs, lambda: self.installed.replay(own, given, bs)) | {"stale": stale}]
-        for layout, (wrapper, buffers, draft) in self.drafts.items():
-            given = buffers.set(batch, bs)
-            view = buffers.view(bs)
+        paths = [self._own_path(bs), *(self._layout_path(layout, bs) for layout in self.drafts)]
+        times = _host_times([path.call for path in paths], self.device)
+        return [self._row(path, bs, *measured) for path, measured in zip(paths, times)]
+
+    def _own_path(self, bs: int) -> Path:
+        wrapper, buffers, _ = self.own
+        given = buffers.set(self._batch(bs), bs)
+
+        def call() -> None:
+            self.installed.replay(wrapper, given, bs)
+
+        call()
+        on_gpu = call if self.form.fields.by_step else None  # of the others' paths some wait for the device
+        return Path("sglang", call, on_gpu, self._stale(bs))
+
+    def _layout_path(self, layout: str, bs: int) -> Path:
+        wrapper, buffers, draft = self.drafts[layout]
+        given, view = buffers.set(self._batch(bs), bs), buffers.view(bs)
+        draft._captured = view
+
+        def in_graph() -> None:
             draft._captured = view
-            draft.replay(given, bs)
             draft.run_in_graph(view)
-            self._check(wrapper, layout, bs)
-            row = self._row(layout, bs, lambda draft=draft, given=given: draft.replay(given, bs))
-            if layout == "in_graph" and self.device.type == "cuda":
-                row["graph_us"] = _graph_time(lambda draft=draft, view=view: draft.run_in_graph(view))
-            rows.append(row | {"stale": []})
-        return rows
+
+        def call() -> None:
+            draft.replay(given, bs)
+
+        call()
+        in_graph()
+        self._check(wrapper, layout, bs)
+        return Path(layout, call, in_graph if layout == "in_graph" else draft._plans[bs].run, [])
 
     def _batch(self, bs: int) -> Batch:
         rng = random.Random(bs)
-        lengths = [rng.randint(self.dims.context_len // 2, self.dims.context_len) for _ in range(bs)]
+        longest = self.dims.context_len - self.steps  # drafts come on top
+        lengths = [rng.randint(longest // 2, longest) for _ in range(bs)]
         return make_batch(self.installed, lengths, list(range(1, bs + 1)), self.device)
 
     def _stale(self, bs: int) -> list[str]:
         """Derived fields that SGLang's own path leaves behind in some backend."""
-        reference = self._reference(bs)
         found = []
-        for index, backend in enumerate(self.own[0].attn_backends):
-            wrong = difference(
-                reference, backend.decode_cuda_graph_metadata[bs], self._prefix, self.dims.topk, index
-            )
+        for index, wrong in enumerate(self._differences(self.own[0], bs)):
             if wrong is not None:
                 found.append(f"{wrong.field} of backend {index}")
         return found
 
     def _check(self, wrapper: Any, layout: str, bs: int) -> None:
-        reference = self._reference(bs)
-        for index, backend in enumerate(wrapper.attn_backends):
-            found = backend.decode_cuda_graph_metadata[bs]
-            wrong = difference(reference, found, self._prefix, self.dims.topk, index)
+        for wrong in self._differences(wrapper, bs):
             if wrong is not None:
                 raise RuntimeError(f"layout {layout}, batch size {bs}: {wrong}")
 
-    @property
-    def _prefix(self) -> str:
-        return self.installed.family.prefix
+    def _differences(self, wrapper: Any, bs: int) -> list[Any]:
+        found = [backend.decode_cuda_graph_metadata[bs] for backend in wrapper.attn_backends]
+        return [
+            difference(self.form, expected, metadata, index)
+            for index, (expected, metadata) in enumerate(zip(self._reference(bs), found))
+        ]
 
-    def _reference(self, bs: int) -> Any:
-        """SGLang's metadata by one backend alone, whose derived fields its path does refresh."""
-        wrapper = build_wrapper(self.installed, self.dims, self.req_to_token, 2)
+    def _reference(self, bs: int) -> list[Any]:
+        """SGLang's metadata of each backend. Where all hold the same, by one backend alone, whose derived
+        fields its path does refresh."""
+        depth = self.steps if self.form.fields.by_step else 2
+        wrapper = build_wrapper(self.installed, self.dims, self.req_to_token, depth)
         buffers = StaticBuffers(self.installed, bs, self.device)
         self.installed.init_state(wrapper, bs, bs)
         self.installed.capture(wrapper, buffers.view(bs))
         self.installed.refresh(wrapper, buffers.set(self._batch(bs), bs), bs)
-        return wrapper.attn_backends[0].decode_cuda_graph_metadata[bs]
+        sets = [backend.decode_cuda_graph_metadata[bs] for backend in wrapper.attn_backends]
+        return sets if self.form.fields.by_step else sets * (self.steps - 1)
 
-    def _row(self, path: str, bs: int, call: Callable[[], None]) -> dict[str, Any]:
-        enqueue, completion = _host_times(call, self.device)
+    def _row(self, path: Path, bs: int, enqueue: float, completion: float) -> dict[str, Any]:
+        on_gpu = self.device.type == "cuda"
         return {
             "N": self.steps - 1,
             "bs": bs,
-            "path": path,
+            "path": path.name,
             "enqueue_us": enqueue,
             "completion_us": completion,
-            "graph_us": None,
-            "state_bytes": self.memory[path],
+            "launches": _launches(path.call) if on_gpu else None,
+            "graph_us": _graph_time(path.on_gpu) if on_gpu and path.on_gpu else None,
+            "state_bytes": self.memory[path.name],
+            "stale": path.stale,
         }
 
 
@@ -143,27 +171,44 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _host_times(call: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Medians in microseconds: of the call, and of the call and what it started."""
+def _host_times(calls: list[Call], device: torch.device) -> list[tuple[float, float]]:
+    """Medians in microseconds of each call alone, and with what it started; all are called in turn."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    enqueued, completed = [], []
+    enqueued: list[list[float]] = [[] for _ in calls]
+    completed: list[list[float]] = [[] for _ in calls]
     for i in range(CALLS + CALLS // 10):
-        wait()
-        started = time.perf_counter()
+        for k, call in enumerate(calls):
+            wait()
+            started = time.perf_counter()
+            call()
+            returned = time.perf_counter()
+            wait()
+            if i >= CALLS // 10:
+                enqueued[k].append(returned - started)
+                completed[k].append(time.perf_counter() - started)
+    return [(_median_us(enqueued[k]), _median_us(completed[k])) for k in range(len(calls))]
+
+
+def _median_us(times: list[float]) -> float:
+    return round(statistics.median(times) * 1e6, 1)
+
+
+def _launches(call: Call) -> int:
+    """Kernels and copies that a call starts, those of a graph that it replays included."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
-        returned = time.perf_counter()
-        wait()
-        if i >= CALLS // 10:
-            enqueued.append(returned - started)
-            completed.append(time.perf_counter() - started)
-    return tuple(round(statistics.median(times) * 1e6, 1) for times in (enqueued, completed))
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def _graph_time(call: Callable[[], None], copies: int = 50) -> float:
+def _graph_time(call: Call, copies: int = 50) -> float:
     """GPU time in microseconds of what `call` enqueues, as nodes of a graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
+    stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(copies):
@@ -180,18 +225,17 @@ def _graph_time(call: Callable[[], None], copies: int = 50) -> float:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(" N   bs  path       enqueue us completion us  graph us  ratio  state MiB")
+    print(" N   bs  path       enqueue us  ratio completion us  launches  graph us  state MiB")
     own: dict[tuple[int, int], float] = {}
     for row in rows:
         key = (row["N"], row["bs"])
         if row["path"] == "sglang":
             own[key] = row["enqueue_us"]
-        graph = "" if row["graph_us"] is None else f"{row['graph_us']:.2f}"
-        ratio = own[key] / row["enqueue_us"]
-        times = f"{row['enqueue_us']:>10.1f} {row['completion_us']:>13.1f}"
+        ratio = own[key] / max(row["enqueue_us"], 0.1)
+        launches, graph = (("" if row[name] is None else row[name]) for name in ("launches", "graph_us"))
         print(
-            f"{row['N']:>2} {row['bs']:>4}  {row['path']:<10} {times} {graph:>9} {ratio:>5.1f}x"
-            f"  {row['state_bytes'] / 2**20:.1f}"
+            f"{row['N']:>2} {row['bs']:>4}  {row['path']:<10} {row['enqueue_us']:>10.1f} {ratio:>5.1f}x"
+            f" {row['completion_us']:>13.1f} {launches:>9} {graph:>9}  {row['state_bytes'] / 2**20:.1f}"
             + (f"  stale: {', '.join(row['stale'])}" if row["stale"] else "")
         )
 

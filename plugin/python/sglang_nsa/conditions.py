@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .family import Installed, UnsupportedError
+from .fields import FieldMap, attribute
 
 
 def require_supported(installed: Installed, wrapper: Any, server_args: Any) -> None:
@@ -17,8 +18,9 @@ def require_supported(installed: Installed, wrapper: Any, server_args: Any) -> N
     foreign = [type(b).__name__ for b in backends if type(b) is not installed.backend_class]
     if foreign:
         raise UnsupportedError(f"the draft backends are wrapped or replaced: {', '.join(foreign)}")
-    if getattr(wrapper, "topk", 1) > 1:
-        raise UnsupportedError(f"drafts are trees (topk {wrapper.topk})")
+    topk = max(getattr(owner, "topk", 1) for owner in (wrapper, *backends))
+    if topk > 1:
+        raise UnsupportedError(f"drafts are trees (topk {topk})")
     if torch.version.hip is not None:
         raise UnsupportedError("the device is an AMD GPU")
     device = backends[0].req_to_token.device.type
@@ -26,11 +28,21 @@ def require_supported(installed: Installed, wrapper: Any, server_args: Any) -> N
         raise UnsupportedError(f"the device is {device}")
     if any(b.req_to_token.data_ptr() != backends[0].req_to_token.data_ptr() for b in backends):
         raise UnsupportedError("the draft backends have token tables of their own")
+    _require_known(installed.family.fields, backends)
     if getattr(server_args, "enable_two_batch_overlap", False):
         raise UnsupportedError("two-batch overlap splits the draft batch")
     graph_backend = _decode_graph_backend(server_args)
     if graph_backend not in (None, "full"):
         raise UnsupportedError(f"decode graphs are {graph_backend}")
+
+
+def _require_known(fields: FieldMap, backends: list[Any]) -> None:
+    for index, backend in enumerate(backends):
+        for path, reason in fields.left_alone.items():
+            if attribute(backend, path):
+                raise UnsupportedError(f"{reason} ({path})")
+        if fields.by_step and backend.speculative_step_id != index:
+            raise UnsupportedError(f"draft backend {index} is of step {backend.speculative_step_id}")
 
 
 def _decode_graph_backend(server_args: Any) -> str | None:

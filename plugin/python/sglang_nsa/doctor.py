@@ -33,15 +33,24 @@ def report() -> tuple[list[tuple[str, str]], bool]:
     lines.append(("plugins allowed", os.environ.get("SGLANG_PLUGINS") or "all"))
     if not settings.enabled:
         return [*lines, ("layout", f"none: {' / '.join(PRECOMPUTE_FLAGS)} is 0")], False
+    serves = False
+    for kind in settings.backends:
+        found, does = _kind(kind, settings, device)
+        lines += [(f"{kind}: {what}", finding) for what, finding in found]
+        serves |= does
+    return lines, serves
+
+
+def _kind(kind: str, settings: Settings, device: torch.device) -> tuple[list[tuple[str, str]], bool]:
+    """What would be done with one kind of draft backend, and whether it would be served."""
     try:
-        installed = find_installed()
+        installed = find_installed(kind)
     except UnsupportedError as error:
-        return [*lines, ("layout", f"none: {error}")], False
+        return [("layout", f"none: {error}")], False
     except Exception as error:
-        return [*lines, ("layout", f"none: SGLang does not import: {type(error).__name__}: {error}")], False
-    lines += _seams(installed)
+        return [("layout", f"none: SGLang does not import: {type(error).__name__}: {error}")], False
     found, serves = _layout(installed, settings, device)
-    return [*lines, *found], serves
+    return [*_seams(installed), *found], serves
 
 
 def _version(distribution: str) -> str:
@@ -71,25 +80,39 @@ def _layout(
     """The trial that a server makes at its start, on SGLang's real classes without a model."""
     sizes = Sizes()
     wrapper = build_wrapper(installed, sizes, token_table(sizes, device), 4)
+    if device.type == "cpu" and installed.family.fields.by_step and not _interpreted():
+        said = f"{settings.layout}, if a trial on the GPU agrees: SGLang's own path is Triton"
+        return [("layout", said)], True
     try:
-        result = run_trial(installed, wrapper, sizes.topk)
+        result = run_trial(installed, wrapper)
     except Exception as error:
         return [("layout", f"none: {error}")], False
     layout = settings.layout
-    if result.generator is not None and layout == "in_graph":
-        layout = f"shared instead of in_graph: {result.generator}"
+    if result.generator is not None:
+        if installed.family.fields.by_step:
+            return [("layout", f"none: {result.generator}")], False
+        if layout == "in_graph":
+            layout = f"shared instead of in_graph: {result.generator}"
     by = "one launch of the plugin" if result.generator is None else f"SGLang's own path ({result.generator})"
-    share = (
-        "known once a model is loaded: the server's log says whether draft steps reuse the top-k"
-        if installed.family.prefix == "dsa"
-        else "not in this release"
-    )
-    return [("layout", layout), ("refreshed by", by), ("IndexShare", share)], True
+    lines = [("layout", layout), ("refreshed by", by)]
+    if installed.family.fields.topk is not None:
+        share = (
+            "known once a model is loaded: the server's log says whether draft steps reuse the top-k"
+            if installed.family.prefix == "dsa"
+            else "not in this release"
+        )
+        lines.append(("IndexShare", share))
+    return lines, True
+
+
+def _interpreted() -> bool:
+    """Whether Triton kernels run without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def print_report() -> bool:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     lines, serves = report()
     for what, finding in lines:
-        print(f"{what:<16} {finding}")
+        print(f"{what:<20} {finding}")
     return serves

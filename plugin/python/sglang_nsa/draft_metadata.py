@@ -11,11 +11,11 @@ from .conditions import require_supported
 from .counters import Counters
 from .derived import Stage
 from .family import Installed, UnsupportedError
+from .fields import STATE, page_table_bytes
 from .generation import Generation
 from .measure import Alternation
 from .own_path import Shadow, narrowed
 from .settings import Settings
-from .sglang_metadata import page_table_bytes
 from .trial import run_trial
 from .verification import Verifier
 
@@ -35,7 +35,7 @@ class DraftMetadata:
         self.backends: list[Any] = wrapper.attn_backends
         self.layout: str | None = None  # shared | replicate | in_graph; None: SGLang is left alone
         self.reason: str | None = None  # why SGLang is left alone, or refreshes the metadata itself
-        self._first_alone: Any = None  # the wrapper with its first backend alone
+        self._first_alone: Any = None  # with one set for all: the wrapper with its first backend alone
         self._plans: dict[int, Generation | None] = {}  # by captured batch size; None: SGLang's own refresh
         self._launches: dict[int, Stage] = {}  # what a replay launches
         self._unproven: set[int] = set()  # sizes whose static inputs no replay has been compared with yet
@@ -50,7 +50,7 @@ class DraftMetadata:
     def init_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Decides, then allocates: with backends that share, one set of page tables instead of N."""
         self._plans, self._launches, self._unproven = {}, {}, set()
-        self._pending, self._verifier = None, None
+        self._pending, self._verifier, self._first_alone = None, None, None
         try:
             self._decide()
         except UnsupportedError as error:
@@ -63,18 +63,18 @@ class DraftMetadata:
             self._init_shared(max_bs, max_num_tokens)
         if self.layout is not None:
             if self.settings.verify:
-                shadow = Shadow(self.installed, self.wrapper, [0])
+                by_step = self.form.fields.by_step
+                shadow = Shadow(self.installed, self.wrapper, range(len(self.backends)) if by_step else [0])
                 shadow.init_state(max_bs, max_num_tokens)
-                self._verifier = Verifier(shadow, self.topk)
+                self._verifier = Verifier(shadow, self.form)
             self._report()
-
-    @property
-    def topk(self) -> int:
-        return getattr(self.backends[0], f"{self.installed.family.prefix}_index_topk")
 
     def _decide(self) -> None:
         require_supported(self.installed, self.wrapper, self.server_args)
-        result = run_trial(self.installed, self.wrapper, self.topk)
+        self.form = self.installed.form(self.backends[0])
+        result = run_trial(self.installed, self.wrapper)
+        if self.form.fields.by_step and result.generator is not None:
+            raise UnsupportedError(result.generator)  # no work of SGLang's would be saved
         self.layout, self.reason = self.settings.layout, result.generator
         if self.reason is not None and self.layout == "in_graph":
             self.layout = "shared"
@@ -87,19 +87,23 @@ class DraftMetadata:
         logger.warning("sglang-nsa-plugin leaves the draft metadata to SGLang: %s", reason)
 
     def _init_shared(self, max_bs: int, max_num_tokens: int) -> None:
-        first = self.backends[0]
-        self._first_alone = narrowed(self.wrapper, [first])
-        self.installed.init_state(self._first_alone, max_bs, max_num_tokens)
+        first, fields = self.backends[0], self.form.fields
+        alone = narrowed(self.wrapper, [first])
+        self._first_alone = None if fields.by_step else alone
+        self.installed.init_state(alone, max_bs, max_num_tokens)
+        shared = [name for name in fields.set_by_init - fields.own_by_init if hasattr(first, name)]
         for backend in self.backends[1:]:
-            backend.decode_cuda_graph_metadata = first.decode_cuda_graph_metadata
-            if hasattr(first, "dsa_drop_wide_page_table"):
-                backend.dsa_drop_wide_page_table = first.dsa_drop_wide_page_table
+            for name in shared:
+                setattr(backend, name, getattr(first, name))
+            if fields.own_state:
+                state = getattr(first, STATE)
+                setattr(backend, STATE, state | {name: state[name].clone() for name in fields.own_state})
             grow = getattr(backend, "_ensure_multi_ctas_kv_counter_capacity", None)
             if grow is not None:  # a counter of each backend, which must not grow during capture
                 grow(max(max_bs, max_num_tokens))
 
     def _report(self) -> None:
-        held = page_table_bytes(self.backends[0].decode_cuda_graph_metadata)
+        held = page_table_bytes(self.backends[0], self.form.fields)
         saved = 0 if self.layout == "replicate" else held * (len(self.backends) - 1)
         self.counters.started(self.layout, len(self.backends), saved)
         logger.info(
@@ -120,11 +124,10 @@ class DraftMetadata:
             self.installed.capture(self.wrapper, batch)
             return
         bs = batch.batch_size
-        if self.layout == "replicate":
-            self.installed.capture(self.wrapper, batch)
-        else:
-            self.installed.capture(self._first_alone, batch)
-            self._share_forward_metadata()
+        self.installed.capture(self._first_alone or self.wrapper, batch)
+        if self._first_alone is not None:
+            for backend in self.backends[1:]:
+                self.installed.alias(self.backends[0], backend)
         self._captured = batch
         if self._alternation is not None:
             self._keep_schedules(bs)
@@ -137,15 +140,9 @@ class DraftMetadata:
         the plugin's turn leaves there fits its last lengths alone, and can hang the reader of others."""
         sets = {id(m): m for m in (b.decode_cuda_graph_metadata[bs] for b in self.backends)}
         for metadata in sets.values():
-            schedule = metadata.paged_mqa_schedule_metadata
+            schedule = getattr(metadata, "paged_mqa_schedule_metadata", None)
             if schedule is not None:
                 self._captured_schedules.append((schedule, schedule.clone()))
-
-    def _share_forward_metadata(self) -> None:
-        metadata = self.backends[0].forward_metadata
-        for backend in self.backends[1:]:
-            self.installed.set_prefill_impl(backend)
-            backend.forward_metadata = metadata
 
     def _plan(self, bs: int, batch: Any) -> None:
         before = self._plans.get(bs)
@@ -156,10 +153,10 @@ class DraftMetadata:
             # Two runners with buffers of their own: only the batch says which one replays.
             self._refresh_by_sglang(bs, "its graph was captured twice, over different buffers")
             return
-        backends = self.backends if self.layout == "replicate" else self.backends[:1]
+        backends = self.backends if self._first_alone is None else self.backends[:1]
         sets = [backend.decode_cuda_graph_metadata[bs] for backend in backends]
         try:
-            plan = Generation(self.installed, backends, sets, batch, self.topk)
+            plan = Generation(self.installed, self.form, backends, sets, batch)
             self._launches[bs] = _nothing if self.layout == "in_graph" else plan.as_graph()
             self._plans[bs] = plan
             self._unproven.add(bs)
@@ -218,7 +215,7 @@ class DraftMetadata:
 
     def _own_refresh(self, batch: Any, bs: int) -> None:
         self.counters.own_refreshes += 1
-        if self.layout == "replicate":
+        if self._first_alone is None:
             self.installed.replay(self.wrapper, batch, bs)
             return
         self.installed.refresh(self._first_alone, batch, bs)

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from .fields import DSA, FA3, NSA, FieldMap, MetadataForm, MissingError, UnsupportedError
+
 Method = Callable[..., Any]
-
-
-class UnsupportedError(Exception):
-    """What this SGLang or this server has that the plugin does not know; the reason."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,9 @@ class Family:
     module: str
     wrapper: str  # the multi-step class
     backend: str  # the class of its attn_backends
-    prefix: str  # of field and method names: nsa | dsa
+    prefix: str  # of field and method names: nsa | dsa | fa3
+    fields: FieldMap
+    needs: tuple[str, ...]  # methods of the backend that the plugin calls
     methods: dict[str, tuple[str, ...]]
     in_graph: tuple[str, ...]  # where the captured draft function begins: methods to hook for in_graph
     capture: Callable[[Method, Any, Any], None]  # (SGLang's method, wrapper, batch)
@@ -55,7 +55,7 @@ def _replay_f2(method: Method, wrapper: Any, batch: Any, bs: int) -> None:
     method(wrapper, batch)
 
 
-def _refresh_f1(installed: Installed, wrapper: Any, batch: Any, bs: int) -> None:
+def _refresh_each(installed: Installed, wrapper: Any, batch: Any, bs: int) -> None:
     for backend in wrapper.attn_backends:
         backend.init_forward_metadata_replay_cuda_graph(
             bs=bs,
@@ -70,51 +70,76 @@ def _refresh_f1(installed: Installed, wrapper: Any, batch: Any, bs: int) -> None
         )
 
 
-def _refresh_f2(installed: Installed, wrapper: Any, batch: Any, bs: int) -> None:
-    installed.replay(wrapper, batch, bs)  # of fewer than three backends each refreshes its derived fields
+def _refresh_by_replay(installed: Installed, wrapper: Any, batch: Any, bs: int) -> None:
+    """Of fewer than three backends each refreshes its derived fields; where there are none, of any number."""
+    installed.replay(wrapper, batch, bs)
 
 
-FAMILIES = (
-    Family(
-        name="out_graph",  # 0.5.13 and later
-        module="sglang.srt.layers.attention.dsa_backend",
-        wrapper="DeepseekSparseAttnMultiStepBackend",
-        backend="DeepseekSparseAttnBackend",
-        prefix="dsa",
-        methods={
-            "init_cuda_graph_state": ("max_bs", "max_num_tokens"),
-            "init_forward_metadata_out_graph": ("forward_batch", "in_capture"),
-            "init_forward_metadata_in_graph": ("forward_batch",),
-        },
-        in_graph=(),
-        capture=_capture_f2,
-        replay=_replay_f2,
-        refresh=_refresh_f2,
-        capture_method="init_forward_metadata_out_graph",
-        replay_method="init_forward_metadata_out_graph",
+_OUT_GRAPH = {  # 0.5.13 and later
+    "name": "out_graph",
+    "methods": {
+        "init_cuda_graph_state": ("max_bs", "max_num_tokens"),
+        "init_forward_metadata_out_graph": ("forward_batch", "in_capture"),
+        "init_forward_metadata_in_graph": ("forward_batch",),
+    },
+    "in_graph": (),
+    "capture": _capture_f2,
+    "replay": _replay_f2,
+    "capture_method": "init_forward_metadata_out_graph",
+    "replay_method": "init_forward_metadata_out_graph",
+}
+_CAPTURE_REPLAY = {  # up to 0.5.12.post1
+    "name": "capture_replay",
+    "methods": {
+        "init_cuda_graph_state": ("max_bs", "max_num_tokens"),
+        "init_forward_metadata_capture_cuda_graph": ("forward_batch",),
+        "init_forward_metadata_replay_cuda_graph": ("forward_batch", "bs"),
+    },
+    "in_graph": (
+        "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker.draft_forward",
+        "sglang.srt.speculative.eagle_worker.EAGLEWorker.draft_forward",
     ),
-    Family(
-        name="capture_replay",  # up to 0.5.12.post1
-        module="sglang.srt.layers.attention.nsa_backend",
-        wrapper="NativeSparseAttnMultiStepBackend",
-        backend="NativeSparseAttnBackend",
-        prefix="nsa",
-        methods={
-            "init_cuda_graph_state": ("max_bs", "max_num_tokens"),
-            "init_forward_metadata_capture_cuda_graph": ("forward_batch",),
-            "init_forward_metadata_replay_cuda_graph": ("forward_batch", "bs"),
-        },
-        in_graph=(
-            "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker.draft_forward",
-            "sglang.srt.speculative.eagle_worker.EAGLEWorker.draft_forward",
+    "capture": _capture_f1,
+    "replay": _replay_f1,
+    "capture_method": "init_forward_metadata_capture_cuda_graph",
+    "replay_method": "init_forward_metadata_replay_cuda_graph",
+}
+_FLASH_ATTENTION = {
+    "module": "sglang.srt.layers.attention.flashattention_backend",
+    "wrapper": "FlashAttentionMultiStepBackend",
+    "backend": "FlashAttentionBackend",
+    "prefix": "fa3",
+    "fields": FA3,
+    "needs": (),
+    "refresh": _refresh_by_replay,
+}
+
+# What a kind of backend is called in SGLANG_NSA_PLUGIN_BACKENDS -> its forms.
+FAMILIES = {
+    "nsa": (
+        Family(
+            module="sglang.srt.layers.attention.dsa_backend",
+            wrapper="DeepseekSparseAttnMultiStepBackend",
+            backend="DeepseekSparseAttnBackend",
+            prefix="dsa",
+            fields=DSA,
+            needs=("set_dsa_prefill_impl",),
+            refresh=_refresh_by_replay,
+            **_OUT_GRAPH,
         ),
-        capture=_capture_f1,
-        replay=_replay_f1,
-        refresh=_refresh_f1,
-        capture_method="init_forward_metadata_capture_cuda_graph",
-        replay_method="init_forward_metadata_replay_cuda_graph",
+        Family(
+            module="sglang.srt.layers.attention.nsa_backend",
+            wrapper="NativeSparseAttnMultiStepBackend",
+            backend="NativeSparseAttnBackend",
+            prefix="nsa",
+            fields=NSA,
+            needs=("set_nsa_prefill_impl",),
+            refresh=_refresh_each,
+            **_CAPTURE_REPLAY,
+        ),
     ),
-)
+    "fa3": (Family(**_FLASH_ATTENTION, **_OUT_GRAPH), Family(**_FLASH_ATTENTION, **_CAPTURE_REPLAY)),
+}
 
 
 @dataclass(frozen=True)
@@ -146,25 +171,36 @@ class Installed:
         multi-step path leaves out up to 0.5.11."""
         self.family.refresh(self, wrapper, batch, bs)
 
-    def set_prefill_impl(self, backend: Any) -> None:
+    def form(self, backend: Any) -> MetadataForm:
+        return MetadataForm.of(self.family.fields, backend)
+
+    def alias(self, first: Any, backend: Any) -> None:
+        """`backend` reads the metadata that `first` has planned last."""
         getattr(backend, f"set_{self.family.prefix}_prefill_impl")(forward_batch=None)
+        backend.forward_metadata = first.forward_metadata
 
 
-def find_installed() -> Installed:
-    """The family of the installed SGLang. Raises UnsupportedError with what was looked for and not found."""
-    reasons = []
-    for family in FAMILIES:
+def find_installed(kind: str = "nsa") -> Installed:
+    """The form in which the installed SGLang has a kind of backend. Raises UnsupportedError with what was
+    looked for and not found, MissingError where there is nothing to serve."""
+    errors: dict[str, UnsupportedError] = {}
+    for family in FAMILIES[kind]:
         try:
             return _probe(family)
-        except (UnsupportedError, ImportError) as error:
-            reasons.append(f"{family.name}: {error}")
-    raise UnsupportedError("; ".join(reasons))
+        except UnsupportedError as error:
+            errors[family.name] = error
+    missing = all(isinstance(error, MissingError) for error in errors.values())
+    reason = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    raise (MissingError if missing else UnsupportedError)(reason)
 
 
 def _probe(family: Family) -> Installed:
     if importlib.util.find_spec(family.module) is None:
-        raise UnsupportedError(f"there is no {family.module}")
-    module = importlib.import_module(family.module)
+        raise MissingError(f"there is no {family.module}")
+    try:
+        module = importlib.import_module(family.module)
+    except ImportError as error:
+        raise MissingError(f"{family.module} does not import: {error}") from error
     classes = []
     for name in (family.wrapper, family.backend):
         found = getattr(module, name, None)
@@ -173,9 +209,9 @@ def _probe(family: Family) -> Installed:
         classes.append(found)
     wrapper_class, backend_class = classes
     own = {name: _own_method(wrapper_class, name, expected) for name, expected in family.methods.items()}
-    needed = f"set_{family.prefix}_prefill_impl"
-    if not hasattr(backend_class, needed):
-        raise UnsupportedError(f"{family.backend} has no {needed}")
+    missing = [name for name in family.needs if not hasattr(backend_class, name)]
+    if missing:
+        raise UnsupportedError(f"{family.backend} has no {', '.join(missing)}")
     return Installed(family, module, wrapper_class, backend_class, own)
 
 

@@ -10,28 +10,35 @@ import torch
 
 from .derived import Stage, derived_stages
 from .family import Installed
+from .fields import MetadataForm
 from .nsa.metadata import NSAMetadata
 from .nsa.metadata_generators import Destination, FusedGenerator
 from .nsa.nsa_backend_mtp_precompute import MetadataInputs
-from .sglang_metadata import core_view
 
 
 class Generation:
     """Brings `sets`, the metadata of one batch size of `backends`, up to date. Can be captured."""
 
     def __init__(
-        self, installed: Installed, backends: Sequence[Any], sets: Sequence[Any], batch: Any, topk: int
+        self,
+        installed: Installed,
+        form: MetadataForm,
+        backends: Sequence[Any],
+        sets: Sequence[Any],
+        batch: Any,
     ) -> None:
         """`batch` holds the static inputs at their captured size. Raises ImportError without the kernel
         library, UnsupportedError or RuntimeError where a tensor is not what the kernels take."""
         self.seq_lens = batch.seq_lens  # [bs], int32 or int64
         self.req_pool_indices = batch.req_pool_indices  # [bs], int64
         req_to_token = backends[0].req_to_token  # [pool, width], int32
-        prefix = installed.family.prefix
-        views = [_fitted(core_view(m, prefix, topk, self.seq_lens), req_to_token) for m in sets]
+        views = [_fitted(form.view(m, self.seq_lens), req_to_token) for m in sets]
         inputs = MetadataInputs(views[0].shape, self.seq_lens, self.req_pool_indices, req_to_token)
-        self._generator = FusedGenerator(inputs, [Destination(view) for view in views])
-        self._derived: list[Stage] = derived_stages(installed, backends[0], sets)
+        offsets = [form.seqlens_offset(backend) for backend in backends]
+        self._generator = FusedGenerator(inputs, [Destination(*pair) for pair in zip(views, offsets)])
+        self._derived: list[Stage] = []
+        if form.fields.derived:
+            self._derived = derived_stages(installed, backends[0], sets)
 
     def run(self) -> None:
         self._generator.run(-1)
@@ -64,13 +71,11 @@ class Generation:
 
 def _fitted(view: NSAMetadata, req_to_token: torch.Tensor) -> NSAMetadata:
     """Tables no wider than the token table: the columns beyond it can hold nothing."""
-    width = min(view.page_table_1.shape[1], req_to_token.shape[1])
-    pages = view.real_page_table
-    if pages is not None:
-        pages = pages[:, : -(-width // view.shape.page_size)]
+    width = min(view.shape.width, req_to_token.shape[1])
+    slots, pages = view.page_table_1, view.real_page_table
     return replace(
         view,
         shape=replace(view.shape, width=width),
-        page_table_1=view.page_table_1[:, :width],
-        real_page_table=pages,
+        page_table_1=None if slots is None else slots[:, :width],
+        real_page_table=None if pages is None else pages[:, : -(-width // view.shape.page_size)],
     )

@@ -24,9 +24,8 @@ def draft_metadata_of(wrapper: Any) -> DraftMetadata | None:
 class Hooks:
     """AROUND hooks: each gets SGLang's method and its arguments."""
 
-    def __init__(self, installed: Installed, settings: Settings) -> None:
-        self.installed, self.settings = installed, settings
-        self.counters = Counters()
+    def __init__(self, installed: Installed, settings: Settings, counters: Counters) -> None:
+        self.installed, self.settings, self.counters = installed, settings, counters
         family = installed.family
         by_method: dict[str, Callable[..., Any]] = {
             "__init__": self.construct,
@@ -39,7 +38,7 @@ class Hooks:
         # One function object each, by which an applied hook is recognized.
         self.by_target = {installed.target(name): by_method[name] for name in ("__init__", *family.methods)}
         if settings.layout == "in_graph":
-            self.by_target |= dict.fromkeys(family.in_graph, self.draft_forward)
+            self.by_target |= dict.fromkeys(family.in_graph, draft_forward)
 
     def construct(self, original: Method, wrapper: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
         original(wrapper, model_runner, *args, **kwargs)
@@ -104,13 +103,14 @@ class Hooks:
         if draft is not None:
             draft.run_in_graph(forward_batch)
 
-    def draft_forward(self, original: Method, worker: Any, forward_batch: Any, *args: Any, **kw: Any) -> Any:
-        """Family one has no place inside the graph: there it is where the draft function begins."""
-        wrapper = getattr(worker, "draft_attn_backend", None)
-        draft = None if wrapper is None or not hasattr(wrapper, "__dict__") else draft_metadata_of(wrapper)
-        if draft is not None:
-            draft.run_in_graph(forward_batch)
-        return original(worker, forward_batch, *args, **kw)
+
+def draft_forward(original: Method, worker: Any, forward_batch: Any, *args: Any, **kw: Any) -> Any:
+    """`capture_replay` has no place inside the graph: there it is where the draft function begins."""
+    wrapper = getattr(worker, "draft_attn_backend", None)
+    draft = None if wrapper is None or not hasattr(wrapper, "__dict__") else draft_metadata_of(wrapper)
+    if draft is not None:
+        draft.run_in_graph(forward_batch)
+    return original(worker, forward_batch, *args, **kw)
 
 
 def _carries(method: Any, hook: Callable[..., Any]) -> bool:

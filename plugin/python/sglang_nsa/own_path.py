@@ -25,12 +25,20 @@ class Batch(SimpleNamespace):
         return
 
 
+class DraftInput:
+    """What SGLang's methods ask of a draft batch's `spec_info`."""
+
+    @staticmethod
+    def is_draft_input() -> bool:
+        return True
+
+
 def decode_batch(
     seq_lens: torch.Tensor,  # [bs], int32 or int64
     req_pool_indices: torch.Tensor,  # [bs], int64
     seq_lens_cpu: torch.Tensor | None,  # [bs], int32 or int64
     forward_mode: Any,
-    spec_info: Any = None,
+    spec_info: Any = DraftInput,
 ) -> Batch:
     return Batch(
         batch_size=seq_lens.shape[0],
@@ -38,6 +46,7 @@ def decode_batch(
         req_pool_indices=req_pool_indices,
         seq_lens_cpu=seq_lens_cpu,
         seq_lens_sum=None if seq_lens_cpu is None else int(seq_lens_cpu.sum()),
+        positions=seq_lens,  # of which planning wants the number
         forward_mode=forward_mode,
         spec_info=spec_info,
     )

@@ -6,6 +6,7 @@ that the metadata's methods read. Every method that runs is SGLang's.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from .own_path import Batch, decode_batch
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of DeepSeek-V3.2, but for the memory."""
+    """Of DeepSeek-V3.2, but for the memory; a dense model leaves its last four unread."""
 
     context_len: int = 512
     pool: int = 80  # requests that req_to_token holds
@@ -36,8 +37,74 @@ def token_table(sizes: Sizes, device: torch.device) -> torch.Tensor:  # [pool, w
     ).to(device)
 
 
-def set_attributes(installed: Installed, backend: Any, sizes: Sizes, req_to_token: torch.Tensor) -> None:
+def set_attributes(
+    installed: Installed, backend: Any, sizes: Sizes, req_to_token: torch.Tensor, step: int = 0
+) -> None:
     """What SGLang's constructor would have set, as far as metadata depends on it."""
+    if installed.family.prefix == "fa3":
+        _set_dense_attributes(backend, sizes, req_to_token, step)
+    else:
+        _set_sparse_attributes(installed, backend, sizes, req_to_token)
+
+
+def _set_dense_attributes(backend: Any, sizes: Sizes, req_to_token: torch.Tensor, step: int) -> None:
+    vars(backend).update(
+        {
+            "device": str(req_to_token.device),
+            "page_size": sizes.page_size,
+            "max_context_len": sizes.context_len,
+            "max_num_pages": -(-sizes.context_len // sizes.page_size),
+            "req_to_token": req_to_token,
+            "req_to_token_pool": SimpleNamespace(req_to_token=req_to_token, size=sizes.pool),
+            "token_to_kv_pool": None,
+            "topk": 1,
+            "speculative_step_id": step,
+            "speculative_num_steps": sizes.draft_tokens - 1,
+            "speculative_num_draft_tokens": sizes.draft_tokens,
+            "decode_cuda_graph_metadata": {},
+            "target_verify_metadata": {},
+            "forward_metadata": None,
+            "forward_metadata_spec_decode_expand": None,
+            "use_mla": False,
+            "use_sliding_window_kv_pool": False,
+            "has_swa": False,
+            "is_prefill_aware_swa": False,
+            "has_local_attention": False,
+            "local_attn_builder": None,
+            "is_encoder_decoder": False,
+            "is_draft_runner": True,
+            "skip_prefill": False,
+            "needs_cpu_seq_lens": False,
+            "fa_impl_ver": 3,
+            "kv_index_translator": _index_translator(sizes, req_to_token),
+            "kv_read_tables": None,
+            "_get_scheduler_metadata": None,
+            "_verify_mask": None,
+            "_kv_shard_pool": None,
+            "_unified_dense": False,
+            "_unified_hooks": SimpleNamespace(enabled=False, v2p_page_table=None, kernel_page_multiplier=1),
+        }
+    )
+
+
+def _index_translator(sizes: Sizes, req_to_token: torch.Tensor) -> Any:
+    """SGLang's own, where there is one (0.5.19 and later)."""
+    try:
+        module = importlib.import_module("sglang.srt.mem_cache.kv_index_translator")
+    except ImportError:
+        return None
+    return module.KVIndexTranslator(
+        req_to_token=req_to_token,
+        token_to_kv_pool_allocator=None,
+        token_to_kv_pool=None,
+        page_size=sizes.page_size,
+        device=str(req_to_token.device),
+    )
+
+
+def _set_sparse_attributes(
+    installed: Installed, backend: Any, sizes: Sizes, req_to_token: torch.Tensor
+) -> None:
     module, p = installed.module, installed.family.prefix
     device = req_to_token.device
     on_cuda = device.type == "cuda"
@@ -91,9 +158,9 @@ def build_wrapper(installed: Installed, sizes: Sizes, req_to_token: torch.Tensor
     """A wrapper of steps - 1 backends."""
     wrapper = installed.wrapper_class.__new__(installed.wrapper_class)
     vars(wrapper).update(topk=1, speculative_num_steps=steps, attn_backends=[], model_runner=None)
-    for _ in range(steps - 1):
+    for step in range(steps - 1):
         backend = installed.backend_class.__new__(installed.backend_class)
-        set_attributes(installed, backend, sizes, req_to_token)
+        set_attributes(installed, backend, sizes, req_to_token, step)
         wrapper.attn_backends.append(backend)
     return wrapper
 
@@ -103,7 +170,7 @@ class StaticBuffers:
 
     def __init__(self, installed: Installed, max_bs: int, device: torch.device) -> None:
         self.installed = installed
-        self.dtype = torch.int32 if installed.family.prefix == "nsa" else torch.int64
+        self.dtype = torch.int32 if installed.family.name == "capture_replay" else torch.int64
         self.seq_lens = torch.ones(max_bs, dtype=self.dtype, device=device)
         self.req_pool_indices = torch.zeros(max_bs, dtype=torch.int64, device=device)
         self.seq_lens_cpu = torch.ones(max_bs, dtype=torch.int64)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 LAYOUTS = ("shared", "replicate", "in_graph")
+BACKENDS = ("nsa", "fa3")
 # SGLang's own flag, under its name of each release. From 0.5.15 SGLang itself no longer reads it.
 PRECOMPUTE_FLAGS = (
     "SGLANG_DSA_ENABLE_MTP_PRECOMPUTE_METADATA",
@@ -21,6 +22,7 @@ _WORDS = {"1": True, "true": True, "yes": True, "y": True, "on": True} | {
 class Settings:
     enabled: bool = True  # SGLang's own flag; at 0 its path is left untouched
     layout: str = "shared"  # SGLANG_NSA_PLUGIN_LAYOUT
+    backends: tuple[str, ...] = BACKENDS  # SGLANG_NSA_PLUGIN_BACKENDS: kinds that are served
     strict: bool = False  # SGLANG_NSA_PLUGIN_STRICT: stop the server instead of leaving SGLang alone
     verify: bool = False  # SGLANG_NSA_VERIFY_METADATA: compare every replay with SGLang's own computation
     alternate: int = 0  # SGLANG_NSA_PLUGIN_ALTERNATE: measure, switching paths every so many replays
@@ -37,6 +39,7 @@ class Settings:
         return cls(
             enabled=all(flags),
             layout=layout,
+            backends=_backends(environ),
             strict=_bool(environ, "SGLANG_NSA_PLUGIN_STRICT", False),
             verify=_bool(environ, "SGLANG_NSA_VERIFY_METADATA", False),
             alternate=_count(environ, "SGLANG_NSA_PLUGIN_ALTERNATE"),
@@ -48,6 +51,14 @@ def _bool(environ: Mapping[str, str], name: str, default: bool) -> bool:
     if text and text not in _WORDS:
         raise ValueError(f"{name}: expected one of {', '.join(_WORDS)}, found {environ[name]!r}")
     return _WORDS.get(text, default)
+
+
+def _backends(environ: Mapping[str, str]) -> tuple[str, ...]:
+    name = "SGLANG_NSA_PLUGIN_BACKENDS"
+    wanted = tuple(part.strip() for part in environ.get(name, "").split(",") if part.strip())
+    if not set(wanted) <= set(BACKENDS):
+        raise ValueError(f"{name}: expected some of {','.join(BACKENDS)}, found {environ[name]!r}")
+    return wanted or BACKENDS
 
 
 def _count(environ: Mapping[str, str], name: str) -> int:

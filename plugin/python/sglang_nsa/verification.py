@@ -7,28 +7,28 @@ from typing import Any
 
 import torch
 
+from .fields import MetadataForm
 from .nsa.metadata import as_precomputed
 from .nsa.metadata_check import MetadataDifference, MetadataMismatchError, first_difference
 from .own_path import Shadow
-from .sglang_metadata import core_view, fields_besides
 
 # Up to so many rows the planner of top-k leaves its buffer unwritten, and nobody reads it.
 _TOPK_PLAN_ROWS = 30
 
 
 def difference(
-    expected: Any, found: Any, prefix: str, topk: int, backend: int, apart_from: torch.Tensor | None = None
+    form: MetadataForm, expected: Any, found: Any, backend: int, apart_from: torch.Tensor | None = None
 ) -> MetadataDifference | None:
     """The first element in which `found` differs from `expected`, both SGLang metadata of one batch size.
 
     What lies in `apart_from` itself, the runner's buffer of lengths, is left out. Of FlashMLA's tiles the
     splits alone are compared: its kernel leaves a part of each tile unwritten, another in each release.
     """
-    view = replace(core_view(found, prefix, topk, apart_from), flashmla_metadata=None)
-    first = first_difference(as_precomputed(core_view(expected, prefix, topk)), view, backend)
+    view = replace(form.view(found, apart_from), flashmla_metadata=None)
+    first = first_difference(as_precomputed(form.view(expected)), view, backend)
     if first is not None:
-        return first
-    for name in fields_besides(expected, prefix):
+        return replace(first, field=form.name(first.field))
+    for name in form.besides(expected):
         value, other = getattr(expected, name), getattr(found, name)
         if name == "flashmla_metadata":
             value, other = value.num_splits, other.num_splits
@@ -59,9 +59,8 @@ def _topk_items(plan: torch.Tensor) -> torch.Tensor:
 class Verifier:
     """A second set of metadata, kept by SGLang's own path, for every captured batch size."""
 
-    def __init__(self, shadow: Shadow, topk: int) -> None:
-        self.shadow, self.topk = shadow, topk
-        self.prefix = shadow.installed.family.prefix
+    def __init__(self, shadow: Shadow, form: MetadataForm) -> None:
+        self.shadow, self.form = shadow, form
         self.checked = 0
 
     def compute(self, batch: Any, bs: int) -> None:
@@ -71,14 +70,14 @@ class Verifier:
     def check(self, backends: list[Any], bs: int, apart_from: torch.Tensor | None = None) -> None:
         """Raises MetadataMismatchError where a backend differs from what was last computed for `bs`.
         `apart_from`: the runner's buffer of lengths, if it holds another batch's by now."""
-        expected = self.shadow.metadata(0, bs)
         seen: set[int] = set()
         for index, backend in enumerate(backends):
             found = backend.decode_cuda_graph_metadata[bs]
             if id(found) in seen:
                 continue
             seen.add(id(found))
-            wrong = difference(expected, found, self.prefix, self.topk, index, apart_from)
+            expected = self.shadow.metadata(index if self.form.fields.by_step else 0, bs)
+            wrong = difference(self.form, expected, found, index, apart_from)
             if wrong is not None:
                 raise MetadataMismatchError(wrong)
         self.checked += 1

@@ -14,7 +14,11 @@ import torch
 
 TESTS = Path(__file__).resolve().parents[1]
 COMPARISONS = "test_equals_sglang or test_no_difference or test_a_difference_is_named"
-IMPORTED = ("sglang.srt.plugins.hook_registry", "sglang.srt.layers.attention.dsa_backend")
+IMPORTED = (
+    "sglang.srt.plugins.hook_registry",
+    "sglang.srt.layers.attention.dsa_backend",
+    "sglang.srt.layers.attention.flashattention_backend",
+)
 
 
 def main() -> int:
@@ -22,7 +26,7 @@ def main() -> int:
     for name in IMPORTED:
         stood_in = stand_ins.import_with_stand_ins(name)
         print(f"{name} imports; stood in for: {', '.join(stood_in) or 'nothing'}", flush=True)
-    files = [str(TESTS / name) for name in ("test_metadata.py", "test_verification.py")]
+    files = [str(TESTS / name) for name in ("test_metadata.py", "test_verification.py", "test_fa3.py")]
     options = ["-q", "-c", os.devnull, "--rootdir", str(TESTS), "-p", "no:cacheprovider", "-W", "ignore"]
     return pytest.main([*files, *options, "-k", COMPARISONS, "--tb", "short", "--maxfail", "4"])
 
