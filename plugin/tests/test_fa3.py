@@ -32,15 +32,27 @@ def served(plugin, monkeypatch, layout="shared", steps=4, sizes=Sizes(page_size=
     return harness.Runner(installed, wrapper, 64)
 
 
+def batch_of(installed, lengths, requests):
+    return make_batch(installed, lengths, requests, harness.DEVICE)
+
+
 def random_batch(runner, rng, raw, longest):
     lengths = [rng.choice([1, 15, 16, 17, rng.randint(1, longest)]) for _ in range(raw)]
-    return make_batch(runner.installed, lengths, rng.sample(range(1, 80), raw), harness.DEVICE)
+    return batch_of(runner.installed, lengths, rng.sample(range(1, 80), raw))
 
 
 def finish(runner, layout, bs):
-    """What the captured graph does of it."""
-    if layout == "in_graph":
-        draft_metadata_of(runner.wrapper)._plans[bs].run()
+    """What the captured draft graph does of it."""
+    if layout != "in_graph":
+        return
+    run = draft_metadata_of(runner.wrapper)._plans[bs].run
+    if harness.ON_GPU:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+    else:
+        run()
 
 
 class Reference:
@@ -80,7 +92,7 @@ def expected_sets(sizes, steps, order):
                 lengths,
                 requests,
                 bs,
-                reference.sets(make_batch(installed, lengths, requests, harness.DEVICE), bs),
+                reference.sets(batch_of(installed, lengths, requests), bs),
             )
         )
     return found
@@ -93,7 +105,7 @@ def require_equal(runner, sizes, layout, steps, order):
         runner.capture(bs)
     runner.capture(min(order))  # again
     for lengths, requests, bs, expected in expected_sets(sizes, steps, order):
-        runner.replay(make_batch(runner.installed, lengths, requests, harness.DEVICE), bs)
+        runner.replay(batch_of(runner.installed, lengths, requests), bs)
         finish(runner, layout, bs)
         for i, backend in enumerate(runner.wrapper.attn_backends):
             found = backend.decode_cuda_graph_metadata[bs]
@@ -124,7 +136,7 @@ def test_comparison_sees_every_field(plugin, monkeypatch):
     """The live part of each field: no test above could fail otherwise."""
     runner = served(plugin, monkeypatch, "replicate")
     runner.capture(3)
-    batch = make_batch(runner.installed, [5, 40, 17], [1, 2, 3], harness.DEVICE)
+    batch = batch_of(runner.installed, [5, 40, 17], [1, 2, 3])
     runner.replay(batch, 3)
     form = draft_metadata_of(runner.wrapper).form
     found = runner.wrapper.attn_backends[1].decode_cuda_graph_metadata[3]
@@ -140,7 +152,7 @@ def test_comparison_sees_every_field(plugin, monkeypatch):
 def test_tables_are_held_once_and_lengths_by_step(plugin, monkeypatch):
     runner = served(plugin, monkeypatch, "shared", steps=8)
     runner.capture(8)
-    runner.replay(make_batch(runner.installed, list(range(20, 28)), list(range(1, 9)), harness.DEVICE), 8)
+    runner.replay(batch_of(runner.installed, list(range(20, 28)), list(range(1, 9))), 8)
     sets = [backend.decode_cuda_graph_metadata[8] for backend in runner.wrapper.attn_backends]
     assert len({metadata.page_table.data_ptr() for metadata in sets}) == 1
     for name in VECTORS:
@@ -183,7 +195,7 @@ def test_verification_names_a_difference(plugin, monkeypatch, field, backend):
 
     draft._launches[3] = corrupt
     with pytest.raises(MetadataMismatchError, match=rf"{field} of backend {backend}, row 0"):
-        runner.replay(make_batch(runner.installed, [5, 40, 17], [1, 2, 3], harness.DEVICE), 3)
+        runner.replay(batch_of(runner.installed, [5, 40, 17], [1, 2, 3]), 3)
 
 
 LEFT_ALONE = {
@@ -252,7 +264,7 @@ def test_missing_library_leaves_sglang_alone(plugin, monkeypatch):
     draft = draft_metadata_of(runner.wrapper)
     assert (draft.layout, draft.reason) == (None, "no library here")
     runner.capture(3)
-    runner.replay(make_batch(runner.installed, [5, 40, 17], [1, 2, 3], harness.DEVICE), 3)
+    runner.replay(batch_of(runner.installed, [5, 40, 17], [1, 2, 3]), 3)
     for step, backend in enumerate(runner.wrapper.attn_backends):
         lengths = backend.decode_cuda_graph_metadata[3].cache_seqlens_int32
         assert lengths.tolist() == [6 + step, 41 + step, 18 + step]
@@ -262,7 +274,7 @@ def test_inputs_that_are_not_in_the_buffers_fall_back(plugin, monkeypatch, caplo
     runner = served(plugin, monkeypatch)
     runner.capture(3)
     monkeypatch.setattr(runner.buffers, "set", lambda batch, bs: batch)
-    runner.replay(make_batch(runner.installed, [5, 40, 17], [1, 2, 3], harness.DEVICE), 3)
+    runner.replay(batch_of(runner.installed, [5, 40, 17], [1, 2, 3]), 3)
     for step, backend in enumerate(runner.wrapper.attn_backends):
         lengths = backend.decode_cuda_graph_metadata[3].cache_seqlens_int32
         assert lengths.tolist() == [6 + step, 41 + step, 18 + step]
@@ -273,7 +285,7 @@ def test_alternation_measures_both_paths(plugin, monkeypatch):
     runner = served(plugin, monkeypatch, SGLANG_NSA_PLUGIN_ALTERNATE=10)
     runner.capture(3)
     for _ in range(40):
-        runner.replay(make_batch(runner.installed, [5, 40, 17], [4, 1, 3], harness.DEVICE), 3)
+        runner.replay(batch_of(runner.installed, [5, 40, 17], [4, 1, 3]), 3)
     (row,) = draft_metadata_of(runner.wrapper)._alternation.table()
     assert row["bs"] == 3 and row["host_sglang_n"] > 0 and row["host_plugin_n"] > 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from .settings import BACKENDS
 
@@ -23,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--page-size", type=int, help="tokens per page of keys; default: nsa 64, fa3 1")
     bench.add_argument("--decode", choices=DECODE, nargs="+", default=DECODE[:1], help="nsa's decode kernel")
     bench.add_argument("--json", action="store_true", help="JSON instead of the table")
+    bench.add_argument("--out", help="a file for the JSON, beside the table")
     options = parser.parse_args(arguments)
     if options.command == "doctor":
         from .doctor import print_report
@@ -30,10 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if print_report() else 1
     import torch
 
-    from .bench import print_json, print_table, run_bench
+    from .bench import print_table, run_bench
     from .real_classes import Sizes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
     for kind in options.backend:
         for decode in options.decode if kind == "nsa" else DECODE[:1]:
             sizes = Sizes(
@@ -43,8 +47,15 @@ def main(arguments: list[str] | None = None) -> int:
                 draft_tokens=max(options.steps) + 1,
                 decode=decode,
             )
-            rows = run_bench(kind, options.steps, options.bs, sizes, device)
-            print_json(rows) if options.json else print_table(rows)
+            found = run_bench(kind, options.steps, options.bs, sizes, device)
+            if not options.json:
+                print(f"{kind}, {decode if kind == 'nsa' else 'chain drafts'}, page size {sizes.page_size}")
+                print_table(found)
+            rows += [{"backend": kind, "decode": decode, "page_size": sizes.page_size} | row for row in found]
+    if options.json:
+        print(json.dumps(rows))
+    if options.out:
+        Path(options.out).write_text(json.dumps(rows, indent=1))
     return 0
 
 

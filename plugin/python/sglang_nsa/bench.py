@@ -7,7 +7,6 @@ graph is the GPU time of it all as nodes of a graph, of `in_graph` of what it ca
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -238,7 +237,3 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f" {row['completion_us']:>13.1f} {launches:>9} {graph:>9}  {row['state_bytes'] / 2**20:.1f}"
             + (f"  stale: {', '.join(row['stale'])}" if row["stale"] else "")
         )
-
-
-def print_json(rows: list[dict[str, Any]]) -> None:
-    print(json.dumps(rows))

@@ -227,9 +227,24 @@ def bench() -> None:
     """`python -m sglang_nsa bench` on the real classes of each release: fields, stale schedules, memory."""
     for release in RELEASES:
         for decode in ("flashmla_sparse", "flashmla_kv"):
-            command = f"-m sglang_nsa bench --steps 3 4 8 --bs 1 8 32 --decode {decode}"
+            command = f"-m sglang_nsa bench --backend nsa --steps 3 4 8 --bs 1 8 32 --decode {decode}"
             print(f"-- {release} {decode}", flush=True)
             print(python(release, command.split(), min(left(), 100)), flush=True)
+
+
+def fa3() -> None:
+    """FlashAttention's draft backends on each release's real classes: the tests' comparisons, then times."""
+    tests = Path(__file__).resolve().parents[1]
+    options = ["-q", "-c", os.devnull, "--rootdir", str(tests), "-p", "no:cacheprovider", "-W", "ignore"]
+    for release in RELEASES:
+        print(f"-- {release}", flush=True)
+        print(python(release, ["-m", "sglang_nsa", "doctor"], min(left(), 60)), flush=True)
+        command = ["-m", "pytest", *options, "--tb", "short", "--maxfail", "4", str(tests / "test_fa3.py")]
+        print(python(release, command, min(left(), 150), env={"PLUGIN_TEST_DEVICE": "cuda"}), flush=True)
+        for page_size in (1, 64):
+            command = f"-m sglang_nsa bench --backend fa3 --steps 3 4 6 8 --bs 1 8 64 --page-size {page_size}"
+            out = ["--out", str(OUT.resolve() / f"fa3_{release}_page{page_size}.json")]
+            print(python(release, [*command.split(), *out], min(left(), 120)), flush=True)
 
 
 # ---- classes of releases that need another torch
@@ -266,6 +281,7 @@ def soaking() -> None:
 PARTS: dict[str, Callable[[], None]] = {
     "unpack": lambda: unpack(set(RELEASES)),
     "bench": bench,
+    "fa3": fa3,
     "other_releases": other_releases,
     "tokens_first": tokens_first,
     "tokens_rest": tokens_rest,
