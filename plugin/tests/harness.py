@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang_nsa import hooks
 from sglang_nsa.family import Installed
 from sglang_nsa.own_path import Batch
 from sglang_nsa.real_classes import Sizes, StaticBuffers, set_attributes, token_table
@@ -46,19 +47,37 @@ class Runner:
         self.installed, self.wrapper = installed, wrapper
         self.buffers = StaticBuffers(installed, max_bs, DEVICE)
         self.captured: dict[int, Batch] = {}
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         wrapper.init_cuda_graph_state(max_bs, max_bs)
 
     def capture(self, bs: int) -> None:
         static = self.captured[bs] = self.buffers.view(bs)
         family = self.installed.family
         family.capture(getattr(type(self.wrapper), family.capture_method), self.wrapper, static)
-        for _ in range(2):  # warm-up and capture
-            self.run_graph(bs)
+        self.begin_graph(bs)  # the warm-up
+        if ON_GPU:
+            self.graphs[bs] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[bs]):
+                self.seq_lens_sum = static.seq_lens.sum()  # a graph must not be empty
+                self.begin_graph(bs)
+        else:
+            self.begin_graph(bs)
 
-    def run_graph(self, bs: int) -> None:
+    def begin_graph(self, bs: int) -> None:
         """The beginning of the captured draft function, as each family has it."""
         if hasattr(self.wrapper, "init_forward_metadata_in_graph"):
             self.wrapper.init_forward_metadata_in_graph(self.captured[bs])
+        else:
+            worker = SimpleNamespace(draft_attn_backend=self.wrapper)
+            hooks.draft_forward(lambda worker, batch: None, worker, self.captured[bs])
+
+    def run_graph(self, bs: int) -> None:
+        """What a replay of the captured draft graph begins with."""
+        draft = hooks.draft_metadata_of(self.wrapper)
+        if ON_GPU:
+            self.graphs[bs].replay()
+        elif draft.layout == "in_graph":
+            draft._plans[bs].run()
 
     def replay(self, batch: Batch, bs: int) -> None:
         """Replays at the captured size bs >= the batch's."""

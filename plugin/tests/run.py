@@ -20,7 +20,7 @@ FOLDER = ROOT / ".venv-plugin"
 # What SGLang imports at the import of its attention backends, beside what the project itself depends on.
 IMPORTED = """
 apache-tvm-ffi charset-normalizer compressed-tensors dill einops gguf idna loguru nvidia-ml-py orjson
-partial-json-parser pybase64 python-multipart requests setproctitle torchao urllib3 xgrammar
+partial-json-parser pybase64 python-multipart requests setproctitle torchao triton urllib3 xgrammar
 """
 ALL_RELEASES = """
 0.5.11 0.5.12 0.5.12.post1 0.5.13 0.5.14 0.5.15 0.5.15.post1 0.5.16 0.5.17 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22

@@ -41,20 +41,6 @@ def random_batch(runner, rng, raw, longest):
     return batch_of(runner.installed, lengths, rng.sample(range(1, 80), raw))
 
 
-def finish(runner, layout, bs):
-    """What the captured draft graph does of it."""
-    if layout != "in_graph":
-        return
-    run = draft_metadata_of(runner.wrapper)._plans[bs].run
-    if harness.ON_GPU:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        graph.replay()
-    else:
-        run()
-
-
 class Reference:
     """SGLang's own path over N backends that the plugin never sees."""
 
@@ -106,7 +92,7 @@ def require_equal(runner, sizes, layout, steps, order):
     runner.capture(min(order))  # again
     for lengths, requests, bs, expected in expected_sets(sizes, steps, order):
         runner.replay(batch_of(runner.installed, lengths, requests), bs)
-        finish(runner, layout, bs)
+        runner.run_graph(bs)
         for i, backend in enumerate(runner.wrapper.attn_backends):
             found = backend.decode_cuda_graph_metadata[bs]
             assert difference(draft.form, expected[i], found, i) is None
@@ -176,7 +162,7 @@ def test_verification_finds_no_difference(plugin, monkeypatch, layout):
     rng = random.Random(1)
     for bs in (8, 3, 8, 1):
         runner.replay(random_batch(runner, rng, rng.randint(1 + bs // 2, bs), 500), bs)
-        finish(runner, layout, bs)
+        runner.run_graph(bs)
     draft = draft_metadata_of(runner.wrapper)
     assert draft.counters.verified == (3 if layout == "in_graph" else 4)  # the graph of the last is to come
 
@@ -279,6 +265,19 @@ def test_inputs_that_are_not_in_the_buffers_fall_back(plugin, monkeypatch, caplo
         lengths = backend.decode_cuda_graph_metadata[3].cache_seqlens_int32
         assert lengths.tolist() == [6 + step, 41 + step, 18 + step]
     assert "buffers do not hold the batch" in caplog.text
+
+
+def test_a_graph_without_the_plan_is_served_before_its_replay(plugin, monkeypatch, caplog):
+    """in_graph, but the draft worker's captured function begins where no hook is: else it would read what
+    it was captured with, for ever."""
+    runner = served(plugin, monkeypatch, "in_graph")
+    monkeypatch.setattr(runner, "begin_graph", lambda bs: None)
+    runner.capture(3)
+    runner.replay(batch_of(runner.installed, [5, 40, 17], [1, 2, 3]), 3)
+    for step, backend in enumerate(runner.wrapper.attn_backends):
+        lengths = backend.decode_cuda_graph_metadata[3].cache_seqlens_int32
+        assert lengths.tolist() == [6 + step, 41 + step, 18 + step]
+    assert "does not write its metadata" in caplog.text
 
 
 def test_alternation_measures_both_paths(plugin, monkeypatch):

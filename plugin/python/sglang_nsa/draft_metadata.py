@@ -40,6 +40,7 @@ class DraftMetadata:
         self._launches: dict[int, Stage] = {}  # what a replay launches
         self._unproven: set[int] = set()  # sizes whose static inputs no replay has been compared with yet
         self._captured: Any = None  # the batch whose graph is being captured
+        self._recorded: set[int] = set()  # in_graph: sizes whose captured graph has the plan in it
         self._pending: int | None = None  # in_graph: the size that the verifier has yet to check
         self._verifier: Verifier | None = None
         self._captured_schedules: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -49,7 +50,7 @@ class DraftMetadata:
 
     def init_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Decides, then allocates: with backends that share, one set of page tables instead of N."""
-        self._plans, self._launches, self._unproven = {}, {}, set()
+        self._plans, self._launches, self._unproven, self._recorded = {}, {}, set(), set()
         self._pending, self._verifier, self._first_alone = None, None, None
         try:
             self._decide()
@@ -173,9 +174,12 @@ class DraftMetadata:
         """Where the captured draft function begins."""
         if self.layout != "in_graph" or batch is not self._captured:
             return
-        plan = self._plans[batch.batch_size]
+        bs = batch.batch_size
+        plan = self._plans[bs]
         if plan is not None:
             plan.run()
+            if not plan.on_gpu or torch.cuda.is_current_stream_capturing():
+                self._recorded.add(bs)
 
     # ---- replay: the hot path
 
@@ -196,12 +200,12 @@ class DraftMetadata:
         if self.layout is None:
             self.installed.replay(self.wrapper, batch, bs)
             return
-        verifier = self._verifier
-        if verifier is not None:
-            self._verify_before(verifier, batch, bs)
         plan = self._plans.get(bs)
         if bs in self._unproven:
             plan = self._prove(plan, batch, bs)
+        verifier = self._verifier
+        if verifier is not None:
+            self._verify_before(verifier, batch, bs)
         if plan is None:
             self._own_refresh(batch, bs)
         else:
@@ -227,6 +231,8 @@ class DraftMetadata:
         self._unproven.discard(bs)
         if plan.reads(batch):
             logger.info("sglang-nsa-plugin: batch size %d: first replay, inputs as planned", bs)
+            if self._launches[bs] is _nothing and bs not in self._recorded:
+                self._launch_outside(plan, bs)
             return plan
         if self.layout == "in_graph":
             raise RuntimeError(
@@ -234,6 +240,14 @@ class DraftMetadata:
             )
         self._refresh_by_sglang(bs, "the runner's buffers do not hold the batch")
         return None
+
+    def _launch_outside(self, plan: Generation, bs: int) -> None:
+        """The draft worker's captured function begins where no hook is: its graph reads what lies there."""
+        reason = f"batch size {bs}: the captured graph does not write its metadata"
+        if self.settings.strict:
+            raise SystemExit(f"sglang-nsa-plugin (strict): {reason}")
+        logger.warning("sglang-nsa-plugin: %s; it is written before each replay", reason)
+        self._launches[bs] = plan.as_graph()
 
     def _check(self, verifier: Verifier, bs: int, apart_from: torch.Tensor | None = None) -> None:
         verifier.check(self.backends, bs, apart_from)
@@ -246,7 +260,7 @@ class DraftMetadata:
             self._check(verifier, self._pending, self._plans[self._pending].seq_lens)
             self._pending = None
         verifier.compute(batch, bs)
-        if self.layout == "in_graph" and self._plans.get(bs) is not None:
+        if self._plans.get(bs) is not None and self._launches[bs] is _nothing:
             self._pending = bs
 
 

@@ -36,6 +36,7 @@ class Generation:
         inputs = MetadataInputs(views[0].shape, self.seq_lens, self.req_pool_indices, req_to_token)
         offsets = [form.seqlens_offset(backend) for backend in backends]
         self._generator = FusedGenerator(inputs, [Destination(*pair) for pair in zip(views, offsets)])
+        self.on_gpu = self.seq_lens.device.type == "cuda"
         self._derived: list[Stage] = []
         if form.fields.derived:
             self._derived = derived_stages(installed, backends[0], sets)
@@ -47,7 +48,7 @@ class Generation:
 
     def as_graph(self) -> Stage:
         """All of `run` as one launch: replaying a small graph costs the host less than one operator."""
-        if self.seq_lens.device.type != "cuda":
+        if not self.on_gpu:
             return self.run
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
