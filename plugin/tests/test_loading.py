@@ -10,7 +10,7 @@ import harness
 import pytest
 import torch
 from sglang_nsa.family import FAMILIES, UnsupportedError, find_installed
-from sglang_nsa.fields import MetadataForm
+from sglang_nsa.fields import MetadataForm, MissingError
 from sglang_nsa.hooks import draft_metadata_of
 from sglang_nsa.real_classes import Sizes, make_batch
 from sglang_nsa.settings import Settings
@@ -101,6 +101,23 @@ def test_unknown_release_is_left_alone(plugin, monkeypatch, caplog):
 def test_strict_stops_an_unknown_release(plugin, monkeypatch):
     unknown_release(monkeypatch)
     with pytest.raises(SystemExit, match="something_new"):
+        plugin(SGLANG_NSA_PLUGIN_STRICT=1)
+
+
+def test_strict_is_content_with_one_kind_that_imports(plugin, monkeypatch):
+    """What does not import, no server can use either."""
+
+    def missing(kind):
+        raise MissingError("no such module")
+
+    def only_nsa(kind):
+        return find_installed(kind) if kind == "nsa" else missing(kind)
+
+    monkeypatch.setattr("sglang_nsa.entry.find_installed", only_nsa)
+    assert plugin(SGLANG_NSA_PLUGIN_STRICT=1).not_applied() == []
+    assert plugin(kind="fa3", SGLANG_NSA_PLUGIN_STRICT=1) is None
+    monkeypatch.setattr("sglang_nsa.entry.find_installed", missing)
+    with pytest.raises(SystemExit, match="none of nsa, fa3 is there"):
         plugin(SGLANG_NSA_PLUGIN_STRICT=1)
 
 
