@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import random
 from types import SimpleNamespace
 
@@ -296,15 +297,25 @@ def test_one_kind_alone(plugin, kind):
     assert plugin(kind=kind, SGLANG_NSA_PLUGIN_BACKENDS=kind).not_applied() == []
 
 
-def test_doctor_and_bench(plugin, capsys, monkeypatch):
-    """Both commands run SGLang's own path and the plugin's, and bench compares every field first."""
-    from sglang_nsa import bench
+def test_doctor_says_what_would_happen(plugin, capsys, monkeypatch):
     from sglang_nsa.__main__ import main
 
     monkeypatch.setenv("SGLANG_NSA_PLUGIN_BACKENDS", "fa3")
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "FlashAttentionMultiStepBackend" in said and "one launch of the plugin" in said
+
+
+@pytest.mark.parametrize("kind", ["nsa", "fa3"])
+def test_bench_compares_and_times(plugin, capsys, monkeypatch, tmp_path, kind):
+    from sglang_nsa import bench
+    from sglang_nsa.__main__ import main
+
     monkeypatch.setattr(bench, "CALLS", 2)
-    assert main(["bench", "--backend", "fa3", "--steps", "3", "--bs", "1", "2", "--context-len", "64"]) == 0
+    out = tmp_path / "rows.json"
+    sizes = ["--steps", "3", "--bs", "1", "2", "--context-len", "64"]
+    assert main(["bench", "--backend", kind, *sizes, "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("shared") == 2
+    rows = json.loads(out.read_text())
+    assert {row["path"] for row in rows} == {"sglang", *LAYOUTS}
+    assert {row["backend"] for row in rows} == {kind}
