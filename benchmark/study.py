@@ -27,7 +27,7 @@ from questions.bench import Bench
 from questions.question import Question
 from sglang.benchmark_metadata.report import environment
 
-MARK = re.compile(r"(<!-- (\w+) (cpu|cuda) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- ([\w-]+) (cpu|cuda) (\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def parse_args() -> argparse.Namespace:

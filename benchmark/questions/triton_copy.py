@@ -9,17 +9,20 @@ import torch
 
 from .bench import Bench, Point, Row
 from .pairs import COLOURS, Pairs, methods_on
-from .question import Question, Table, bars, figure, logarithmic, pivot, save, select
+from .question import Question, Table, bars, figure, logarithmic, only, pivot, save, select
 
 PUBLISHED_SIZES = (32, 64, 128, 256, 512, 1024, 2048)  # elements of the seven tensors
 PUBLISHED_US = {"copy_": 28.70, "Triton, a launch for each tensor": 40.85}
 TENSORS = (1, 2, 3, 5, 7, 10, 15, 20, 35)
 BUILT_BY_CALL = "Triton, one launch, tables built by each call"
-FORM_COLOURS = {
-    "Triton, a launch for each tensor": "#444444",
-    BUILT_BY_CALL: "#999999",
-    "Triton, one launch, tables built once": "#80b1d3",
-}
+# Those of triton_forms.py, which needs Triton: a plot of an earlier run does not.
+FORM_NAMES = (
+    "Triton, a launch for each tensor",
+    BUILT_BY_CALL,
+    "Triton, one launch, tables built once",
+    "Triton, one launch, compiled kernel called directly",
+)
+FORM_COLOURS = dict(zip(FORM_NAMES, ("#444444", "#999999", "#80b1d3", "#35978f")))
 
 
 def measure(bench: Bench) -> list[Row]:
@@ -29,7 +32,7 @@ def measure(bench: Bench) -> list[Row]:
     counts = TENSORS[:2] if bench.quick else TENSORS
     for sizes in (PUBLISHED_SIZES, *((512,) * n for n in counts)):
         pairs = Pairs.vectors(sizes, bench.device)
-        forms = {name: form(pairs) for name, form in FORMS.items()}
+        forms = {name: form(pairs) for name, form in zip(FORM_NAMES, FORMS)}
         pairs.check(forms)
         calls = methods_on(bench.device, pairs, ("copy_", "foreach", "fused")) | forms
         labels = {"what": "published" if sizes == PUBLISHED_SIZES else "sweep", "tensors": len(sizes)}
@@ -73,13 +76,11 @@ def tables(rows: list[Row]) -> list[Table]:
         headers,
         [[r["method"], PUBLISHED_US.get(r["method"]), *(r.get(c) for c in columns)] for r in published],
     )
-    parts = Table(
-        ["part of a call that builds its tables", "enqueue us", "launches"],
-        [[row["method"], row["enqueue_us"], row["launches"]] for row in select(rows, what="part")],
-    )
+    parts = [[row["method"], row["enqueue_us"]] for row in select(rows, what="part")]
+    parts += [[name, us] for name, us in _differences(published)]
     return [
         detail,
-        parts,
+        Table(["what a call is made of", "enqueue us"], parts),
         pivot(
             select(rows, what="sweep"),
             "method",
@@ -87,6 +88,17 @@ def tables(rows: list[Row]) -> list[Table]:
             "loop_us",
             "in a loop, us, by number of tensors of 2 KiB",
         ),
+    ]
+
+
+def _differences(published: list[Row]) -> list[tuple[str, float]]:
+    """What one form does and another does not."""
+    each, by_call, once, compiled = (only(published, method=form)["enqueue_us"] for form in FORM_NAMES)
+    return [
+        ("tables built by each call: more than with tables built once", by_call - once),
+        ("seven launches: more than one launch", each - once),
+        ("one launch: Triton's search for its compiled kernel (Python)", once - compiled),
+        ("one launch: the rest (arguments, driver)", compiled),
     ]
 
 
@@ -122,7 +134,7 @@ def plot(rows: list[Row], where: str, path: Path) -> None:
 
 
 def _colour(method: str) -> str:
-    return COLOURS.get(method) or FORM_COLOURS.get(method, "#35978f")
+    return COLOURS.get(method) or FORM_COLOURS[method]
 
 
 QUESTION = Question(

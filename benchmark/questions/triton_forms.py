@@ -75,9 +75,4 @@ def compiled_launch(pairs: Pairs) -> Call:
     return lambda: launch(copy.table, -1, _BLOCK)
 
 
-FORMS: dict[str, Callable[[Pairs], Call]] = {
-    "Triton, a launch for each tensor": launch_each,
-    "Triton, one launch, tables built by each call": table_each_call,
-    "Triton, one launch, tables built once": table_once,
-    "Triton, one launch, compiled kernel called directly": compiled_launch,
-}
+FORMS: tuple[Callable[[Pairs], Call], ...] = (launch_each, table_each_call, table_once, compiled_launch)

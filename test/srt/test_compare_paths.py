@@ -1,4 +1,4 @@
-"""benchmark/compare_paths.py end to end: a server for every path, and all give the same answers."""
+"""benchmark/compare_paths.py end to end: a server for each path, and all give the same answers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ sys.path.append(str(ROOT / "benchmark"))
 from compare_paths import PATHS, ServerPath, build_parser, candidates, tables
 from compare_servers import Case
 
+# A server of its own for each is slow: the paths left out differ from one of these in one flag.
+STARTED = ("flag 0", "replicate, fused", "shared", "indirect")
 
-def test_all_paths_give_the_same_answers(dummy_model: Path, tmp_path: Path) -> None:
+
+def test_paths_give_the_same_answers(dummy_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmark" / "compare_paths.py"), "--model", str(dummy_model)]
     command += ["--cases", "100x2", "30x1", "--output-len", "8", "--rounds", "1", "--steps", "3"]
-    command += ["--out", str(tmp_path / "out")]
+    command += ["--out", str(tmp_path / "out"), "--paths", *STARTED]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     name = f"server_paths_{dummy_model.name}"
     result = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     rows = result["rows"]
     assert [(r["path"], r["prompt"], r["requests"]) for r in rows] == [
-        (path, *size) for size in ((100, 2), (30, 1)) for path in PATHS
+        (path, *size) for size in ((100, 2), (30, 1)) for path in STARTED
     ]
     assert all(r["same"] == 1 and r["fallbacks"] == 0 and r["tpot_ms"] > 0 for r in rows)
     held = {r["path"]: r["tables_mib"] for r in rows}
-    assert held["indirect"] == 0 < held["shared"] == held["in_graph"] < held["replicate, direct"]
+    assert held["indirect"] == 0 < held["shared"] < held["replicate, fused"]
     assert (tmp_path / "out" / f"{name}.png").stat().st_size > 10_000
     assert str(tables(rows)[0]) in (tmp_path / "out" / f"{name}.md").read_text()
 
