@@ -226,3 +226,59 @@ def test_the_three_modes_give_the_same_tokens(minisgl: SimpleNamespace, page_siz
     assert results["1"] == results["0"]
     assert results["in_graph"] == results["0"]
     assert len({tuple(answer) for answer in results["0"][0]}) > REQUESTS // 2
+
+
+def changed_copy(module: Any) -> None:
+    """As a later mini-sglang might: what is copied is not what the batch has."""
+
+    def copy_from(self: Any, batch: Any) -> None:
+        self.input_ids[: batch.padded_size] = batch.input_ids
+        self.out_loc[: batch.padded_size] = batch.out_loc
+        self.positions[: batch.padded_size] = batch.positions + 1
+
+    module.GraphCaptureBuffer.copy_from = copy_from
+
+
+def one_more_tensor(module: Any) -> None:
+    original = module.GraphCaptureBuffer.init.__func__
+
+    def init(cls: type, bs: int, vocab_size: int, device: torch.device) -> Any:
+        buffer = original(cls, bs, vocab_size, device)
+        buffer.mrope_positions = torch.zeros(bs, dtype=torch.int32)
+        return buffer
+
+    module.GraphCaptureBuffer.init = classmethod(init)
+
+
+CHANGES = [
+    ("1", changed_copy, "a probe batch left something else in GraphCaptureBuffer.positions"),
+    ("1", one_more_tensor, "not known here: GraphCaptureBuffer.mrope_positions"),
+    ("in_graph", one_more_tensor, "not known here: GraphCaptureBuffer.mrope_positions"),
+]
+
+
+@pytest.mark.parametrize(("mode", "change", "reason"), CHANGES)
+def test_a_mini_sglang_that_is_not_known_is_left_alone(
+    minisgl: SimpleNamespace, mode: str, change: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_nsa.minisgl import hooks
+
+    buffer, said = minisgl.graph.GraphCaptureBuffer, []
+    monkeypatch.setattr(hooks, "_leave_alone", lambda reason: said.append(str(reason)))
+    monkeypatch.setenv("MINISGL_USE_FUSED_COPY", mode)
+    for owner, name in (
+        (buffer, "copy_from"),
+        (buffer, "init"),
+        (minisgl.graph.GraphRunner, "_capture_graphs"),
+        (minisgl.scheduler.Scheduler, "__init__"),
+        (minisgl.scheduler.Scheduler, "_prepare_batch"),
+        (minisgl.scheduler.Scheduler, "_schedule_next_batch"),
+    ):
+        monkeypatch.setattr(owner, name, vars(owner)[name])
+    monkeypatch.setattr(minisgl.graph.GraphRunner, "_sglang_nsa_mode", None, raising=False)
+    change(minisgl.graph)
+    hooks.install()
+    engine = Engine(minisgl, 1)
+    assert said == [reason]
+    assert "copy_from" not in vars(engine.graph_runner.buffer)
+    assert hooks.in_graph_replay(engine.graph_runner) is None
