@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,35 @@ def test_abort_by_the_callers_rid(engine: Engine) -> None:
     *_, last = stream
     assert last["meta_info"]["finish_reason"]["type"] == "abort"
     assert 0 < last["meta_info"]["completion_tokens"] < 1500
+
+
+class SlowInbox(deque[Any]):
+    """Lets somebody else come in between before it takes requests."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        super().__init__()
+        self.meanwhile = meanwhile
+
+    def extend(self, requests: Iterable[Any]) -> None:
+        self.meanwhile()
+        super().extend(requests)
+
+
+def test_abort_while_a_request_is_handed_over(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: an abort of another thread, between the table of generations and the inbox, was before its
+    request in the inbox, and so lost."""
+    with ThreadPoolExecutor(1) as other:
+        aborts: list[Future[None]] = []
+
+        def abort() -> None:
+            aborts.append(other.submit(engine.abort_request, "mine"))
+            wait(aborts, 0.2)  # it comes now, or has to wait
+
+        monkeypatch.setattr(engine.link, "inbox", SlowInbox(abort))
+        answer = engine.generate("x", PARAMS | {"max_new_tokens": 600}, rid="mine")
+        aborts[0].result(10)
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+    assert engine.scheduler.is_idle and engine.scheduler.check_memory() is None
 
 
 @pytest.mark.parametrize("rid", ["mine", None], ids=["by rid", "abort_all"])

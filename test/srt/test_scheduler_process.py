@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from sglang.srt.managers.io_struct import (
     SchedulerReady,
     TokenizedGenerateReqInput,
 )
+from sglang.srt.managers.scheduler_link import ZmqLink
 from sglang.srt.managers.scheduler_runner import run_scheduler_process
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
@@ -111,6 +114,22 @@ def test_serves_until_it_cannot(start: Any, dummy_model: Path) -> None:
     assert "ValidationError" in failure.message
     peer.process.join(10)
     assert peer.process.exitcode == 1
+
+
+def test_a_dropped_link_does_not_wait_for_a_reader(tmp_path: Path) -> None:
+    """Bug: what was sent after the HTTP process had closed its socket kept the scheduler from ending, for
+    ever, where the collector took the link; it was killed."""
+
+    def drop() -> None:
+        link = ZmqLink(PortArgs(f"ipc://{tmp_path}/scheduler", f"ipc://{tmp_path}/tokenizer"))
+        link.send(FlushCacheReqOutput("flush", True))
+        del link
+        gc.collect()
+
+    thread = threading.Thread(target=drop, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_says_why_it_cannot_start(start: Any, tmp_path: Path) -> None:

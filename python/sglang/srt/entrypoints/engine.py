@@ -55,6 +55,9 @@ class Engine:
         self.scheduler = Scheduler(self.server_args, worker, self.link, self.tokenizer)
         self._generations: dict[str, Generation] = {}  # all that are not finished, by the sequence's rid
         self._answers: dict[str, FlushCacheReqOutput] = {}
+        # An abort finds a generation only when its request is in the inbox. Reentrant, since a stream that
+        # nobody follows is closed wherever the collector runs.
+        self._sending = threading.RLock()
         self._stepping = threading.Lock()  # whoever holds it runs the scheduler, for everybody
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")  # steps for the event loops
 
@@ -121,10 +124,12 @@ class Engine:
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """Ends one request with all its prompts and choices, or all requests, as they stand; who waits for
         one gets what was generated."""
-        running = list(self._generations.values())
-        sequences = [g.sequence for g in running if abort_all or rid in g.choice.names]
+        with self._sending:
+            running = list(self._generations.values())
+            sequences = [g.sequence for g in running if abort_all or rid in g.choice.names]
+            if sequences:
+                self.link.inbox.append(AbortReq(sequences))  # who steps now sees it, too
         if sequences:
-            self.link.inbox.append(AbortReq(sequences))  # who steps now sees it, too
             with self._stepping:
                 self._step()
 
@@ -154,15 +159,17 @@ class Engine:
     @contextmanager
     def _running(self, batch: Batch) -> Iterator[None]:
         """Hands the batch to the scheduler; what is not finished at the end is aborted in the next step."""
-        self._generations |= {g.sequence: g for g in batch.generations}
-        self.link.inbox.extend(g.choice.request for g in batch.generations)
+        with self._sending:
+            self._generations |= {g.sequence: g for g in batch.generations}
+            self.link.inbox.extend(g.choice.request for g in batch.generations)
         try:
             yield
         finally:
-            if left := [g.sequence for g in batch.generations if not g.finished]:
-                self.link.inbox.append(AbortReq(left))
-            for generation in batch.generations:
-                self._generations.pop(generation.sequence, None)
+            with self._sending:
+                if left := [g.sequence for g in batch.generations if not g.finished]:
+                    self.link.inbox.append(AbortReq(left))
+                for generation in batch.generations:
+                    self._generations.pop(generation.sequence, None)
 
     def _stream(self, batch: Batch) -> Iterator[Answer]:
         with self._running(batch):

@@ -16,6 +16,7 @@ from sglang.srt.server_args import PortArgs
 logger = logging.getLogger(__name__)
 
 PARENT_CHECK_MS = 1000
+LINGER_MS = 1000  # what was sent may take so long to be delivered when the process ends
 
 
 class SchedulerLink(Protocol):
@@ -50,6 +51,7 @@ class ZmqLink:
     def __init__(self, port_args: PortArgs) -> None:
         self._parent_pid = os.getppid()
         self._context = zmq.Context(io_threads=1)
+        self._context.linger = LINGER_MS  # the default waits for ever for a reader that is gone
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.connect(port_args.scheduler_input_ipc_name)
         self._outbox = self._context.socket(zmq.PUSH)
@@ -76,8 +78,8 @@ class ZmqLink:
             self._outbox.send(self._encoder.encode(piece))
 
     def close(self) -> None:
-        """Delivers what was sent, for at most a second."""
-        self._context.destroy(linger=1000)
+        """Delivers what was sent, for at most LINGER_MS."""
+        self._context.destroy()
 
     def _check_parent(self) -> None:
         if os.getppid() != self._parent_pid:

@@ -46,5 +46,6 @@ def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:
         if not expected:
             logger.exception("the scheduler ends")
         link.send(SchedulerFailed(str(error) if expected else f"{type(error).__name__}: {error}"))
+    finally:
         link.close()
     sys.exit(1)
