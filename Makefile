@@ -46,10 +46,10 @@ serve: setup
 		--model-path $(MODEL) --served-model-name $(notdir $(MODEL)) --host $(HOST) --port $(PORT) \
 		--speculative-algorithm NEXTN --speculative-num-steps $(STEPS) $(ARGS)
 
-# Two processes, each with whole files, so that fixtures are made once; one thread in each, since their servers and
-# workers share the machine. JOBS=0: all in one process, for -s or a debugger.
+# Two processes, each with whole files, so that fixtures are made once, in conftest.py's order; one thread in each, since
+# their servers and workers share the machine. JOBS=0: all in one process, for -s or a debugger.
 test: setup $(VENV)/.emulation
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-page: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs test/page $(ARGS)

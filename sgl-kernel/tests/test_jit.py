@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import sgl_kernel
+from forked import ForkedProcess, run_code
 
 PACKAGE = Path(sgl_kernel.__file__).resolve().parent
 TREE = Path(__file__).resolve().parent.parent
@@ -35,19 +35,25 @@ def installed(tmp_path: Path) -> Path:
     return package.parent
 
 
-def start(code: str, installed: Path, **environment: str) -> subprocess.Popen[str]:
-    left_out = ("SGL_KERNEL_LIBRARY_DIR", "PYTHONPATH")
-    inherited = {k: v for k, v in os.environ.items() if k not in left_out}
-    cache = {"PYTHONPATH": str(installed), "SGL_KERNEL_CACHE_DIR": str(installed / "cache")}
-    environment = {**inherited, **cache, "SGL_KERNEL_JIT": "1", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, **pipes)
+class Process(ForkedProcess):
+    """Runs code with `installed` first on its path, and SGL_KERNEL_JIT=1."""
+
+    def __init__(self, code: str, installed: Path, **environment: str) -> None:
+        inherited = {k: v for k, v in os.environ.items() if k != "SGL_KERNEL_LIBRARY_DIR"}
+        cache = {"SGL_KERNEL_CACHE_DIR": str(installed / "cache"), "SGL_KERNEL_JIT": "1"}
+        file, self.log = tempfile.mkstemp(dir=installed)
+        os.close(file)
+        env = {**inherited, **cache, **environment}
+        super().__init__(run_code, code, [str(installed)], env=env, log=self.log)
+
+    def output(self) -> str:
+        self.wait(500)
+        return Path(self.log).read_text()
 
 
-def run(code: str, installed: Path, **environment: str) -> tuple[int, str]:
-    process = start(code, installed, **environment)
-    output, _ = process.communicate(timeout=500)
-    return process.returncode, output
+def run(code: str, installed: Path, **environment: str) -> tuple[int | None, str]:
+    process = Process(code, installed, **environment)
+    return process.wait(500), process.output()
 
 
 def test_two_processes_build_once(installed: Path) -> None:
@@ -58,8 +64,8 @@ def test_two_processes_build_once(installed: Path) -> None:
     left = cache / f"cpu-{key.strip()}.building"
     left.mkdir(parents=True)
     (left / "CMakeCache.txt").write_text("half of a file")
-    processes = [start(COPY, installed) for _ in range(2)]
-    outputs = [process.communicate(timeout=500)[0] for process in processes]
+    processes = [Process(COPY, installed) for _ in range(2)]
+    outputs = [process.output() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum("built the cpu library" in output for output in outputs) == 1, outputs
     assert not left.exists()

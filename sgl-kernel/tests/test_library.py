@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import sgl_kernel
 import torch
+from forked import ForkedProcess, run_code
 from sgl_kernel import _library
 
 PACKAGE = Path(sgl_kernel.__file__).resolve().parent
 
 
-def run_python(code: str, *, path: Path = PACKAGE.parent, **environment: str) -> str:
-    """Standard output of a fresh interpreter; its errors fail the test."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "SGL_KERNEL_LIBRARY_DIR")}
-    environment = {**inherited, "PYTHONPATH": str(path), **environment}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+class RunPython(Protocol):
+    def __call__(self, code: str, *, path: Path = ..., **environment: str) -> str: ...
+
+
+@pytest.fixture
+def run_python(tmp_path_factory: pytest.TempPathFactory) -> RunPython:
+    """Runs code in a process that has not imported sgl_kernel; gives its output, and fails where it does."""
+
+    def run(code: str, *, path: Path = PACKAGE.parent, **environment: str) -> str:
+        env = {k: v for k, v in os.environ.items() if k != "SGL_KERNEL_LIBRARY_DIR"} | environment
+        log = tmp_path_factory.mktemp("process") / "output"
+        process = ForkedProcess(run_code, code, [str(path)], env=env, log=log)
+        assert process.wait(60) == 0, log.read_text()
+        return log.read_text()
+
+    return run
 
 
 def library_path(device_type: str) -> Path:
@@ -30,7 +39,7 @@ def library_path(device_type: str) -> Path:
     return next(d / name for d in _library.search_directories() if (d / name).is_file())
 
 
-def test_import_loads_nothing() -> None:
+def test_import_loads_nothing(run_python: RunPython) -> None:
     out = run_python("import sgl_kernel, sgl_kernel._library as l; print(len(l._loaded))")
     assert out.strip() == "0"
 
@@ -47,30 +56,30 @@ except RuntimeError as error:
 """
 
 
-def test_missing_library(tmp_path: Path) -> None:
+def test_missing_library(run_python: RunPython, tmp_path: Path) -> None:
     out = run_python(USE_WITHOUT_LIBRARY, SGL_KERNEL_LIBRARY_DIR=str(tmp_path))
     assert f"libsgl_kernel_cpu.so was not found in {tmp_path}" in out
 
 
-def test_broken_library(tmp_path: Path) -> None:
+def test_broken_library(run_python: RunPython, tmp_path: Path) -> None:
     (tmp_path / "libsgl_kernel_cpu.so").write_bytes(b"no library")
     out = run_python(USE_WITHOUT_LIBRARY, SGL_KERNEL_LIBRARY_DIR=str(tmp_path))
     assert f"libsgl_kernel_cpu.so does not load under torch {torch.__version__}" in out
 
 
-def test_override_directory() -> None:
+def test_override_directory(run_python: RunPython) -> None:
     directory = library_path("cpu").parent
     code = "import sgl_kernel; print(sgl_kernel.load_error('cpu'))"
     assert run_python(code, SGL_KERNEL_LIBRARY_DIR=str(directory)).strip() == "None"
 
 
-def test_library_of_another_abi() -> None:
+def test_library_of_another_abi(run_python: RunPython) -> None:
     code = "import sgl_kernel._library as l; l.ABI_VERSION = 99; print(l.load_error('cpu'))"
     assert f"library has ABI version {_library.ABI_VERSION}, this package needs 99" in run_python(code)
 
 
 @pytest.mark.parametrize("first", ["sgl_kernel", "elsewhere.kernels"])
-def test_package_under_another_name(first: str, tmp_path: Path) -> None:
+def test_package_under_another_name(run_python: RunPython, first: str, tmp_path: Path) -> None:
     """A plugin ships the package and the library inside its own; both copies work in one process."""
     moved = tmp_path / "elsewhere" / "kernels"
     shutil.copytree(PACKAGE, moved, ignore=shutil.ignore_patterns("__pycache__"))

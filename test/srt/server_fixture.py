@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from forked import ForkedProcess, run_server
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT = 300.0
 MODEL_NAME = "dummy"
+Process = subprocess.Popen[bytes] | ForkedProcess
 SPECULATIVE_FLAGS = ("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "3")
 
 
 @dataclass
 class RunningServer:
     url: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
 
     @property
@@ -56,11 +58,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_process(model: Path, log: Path, port: int, *flags: str, **env: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
-    command += ["--device", "cpu", "--served-model-name", MODEL_NAME, "--max-total-tokens", "16384", *flags]
+def start_process(
+    model: Path, log: Path, port: int, *flags: str, as_command: bool = False, **env: str
+) -> Process:
+    """`as_command`: by `python -m`, as users do; else forked from a process that has imported it."""
+    argv = ["--model-path", str(model), "--port", str(port), "--device", "cpu"]
+    argv += ["--served-model-name", MODEL_NAME, "--max-total-tokens", "16384", *flags]
     path = [str(ROOT / "python"), str(ROOT / "sgl-kernel" / "python"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    if not as_command:
+        return ForkedProcess(run_server, argv, env=environment | env, log=log)
+    command = [sys.executable, "-m", "sglang.launch_server", *argv]
     with log.open("wb") as out:
         return subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment | env, start_new_session=True
@@ -68,11 +76,14 @@ def start_process(model: Path, log: Path, port: int, *flags: str, **env: str) ->
 
 
 @contextmanager
-def launch(model: Path, log: Path, *flags: str, **env: str) -> Iterator[RunningServer]:
+def launch(
+    model: Path, log: Path, *flags: str, as_command: bool = False, **env: str
+) -> Iterator[RunningServer]:
     """A server that answers; ended when the context ends, whatever happened to it."""
     port = free_port()
     host = "[::1]" if "::1" in flags else "127.0.0.1"
-    server = RunningServer(f"http://{host}:{port}", start_process(model, log, port, *flags, **env), log)
+    process = start_process(model, log, port, *flags, as_command=as_command, **env)
+    server = RunningServer(f"http://{host}:{port}", process, log)
     try:
         wait_ready(server)
         yield server
@@ -94,7 +105,7 @@ def wait_ready(server: RunningServer) -> None:
             if httpx.get(server.url + "/health").status_code == 200:
                 return
         except httpx.TransportError:
-            time.sleep(0.1)
+            time.sleep(0.05)
 
 
 def is_running(pid: int) -> bool:

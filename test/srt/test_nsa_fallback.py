@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import random
-import subprocess
 import sys
 from dataclasses import replace
 from types import ModuleType
 
 import pytest
+from forked import ForkedProcess, run_code
 from nsa_cases import MetadataCase, StaticInputs, graph_metadata, poison_all, random_batch, replay, wrap_run
 from sglang.srt.layers.attention.nsa import paths
 from sglang.srt.layers.attention.nsa.kernels import load_kernels
@@ -97,15 +97,13 @@ for layout in LAYOUTS:
     else:
         raise AssertionError("fused by name must stop the start")
 """
-    environment = {
-        **os.environ,
-        "SGL_KERNEL_LIBRARY_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    warnings = [line for line in done.stdout.splitlines() if line.startswith("LOG ")]
-    assert len(warnings) == 1, done.stdout
+    environment = os.environ | {"SGL_KERNEL_LIBRARY_DIR": str(tmp_path)}
+    log = tmp_path / "output"
+    process = ForkedProcess(run_code, program, sys.path, env=environment, log=log)
+    assert process.wait(60) == 0, log.read_text()
+    output = log.read_text()
+    warnings = [line for line in output.splitlines() if line.startswith("LOG ")]
+    assert len(warnings) == 1, output
     assert "WARNING" in warnings[0]
     assert "does not load" in warnings[0]
 

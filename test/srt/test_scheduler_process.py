@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from sglang.srt.managers.heartbeat import HeartbeatSender
 from sglang.srt.managers.io_struct import (
     BatchOutput,
     BatchTokenizedGenerateReqInput,
@@ -27,7 +26,7 @@ from sglang.srt.managers.io_struct import (
     SchedulerReady,
     TokenizedGenerateReqInput,
 )
-from sglang.srt.managers.scheduler_link import ZmqLink
+from sglang.srt.managers.scheduler_link import ParentDied, ZmqLink
 from sglang.srt.managers.scheduler_runner import run_scheduler_process
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
@@ -132,55 +131,64 @@ def test_a_dropped_link_does_not_wait_for_a_reader(tmp_path: Path) -> None:
     assert not thread.is_alive()
 
 
-def test_says_why_it_cannot_start(start: Any, tmp_path: Path) -> None:
-    peer = start(tmp_path / "no-model")
-    failure = peer.receive()
+def test_says_why_it_cannot_start(tmp_path: Path) -> None:
+    ports = PortArgs(f"ipc://{tmp_path}/scheduler", f"ipc://{tmp_path}/tokenizer")
+    with zmq.Context() as context, context.socket(zmq.PULL) as inbox:
+        inbox.bind(ports.tokenizer_ipc_name)
+        with pytest.raises(SystemExit) as ended:
+            run_scheduler_process(ServerArgs(model_path=str(tmp_path / "no-model"), device="cpu"), ports)
+        assert ended.value.code == 1
+        assert inbox.poll(TIMEOUT_MS), "no message"
+        failure = msgspec.msgpack.decode(inbox.recv(), type=FromScheduler)
     assert isinstance(failure, SchedulerFailed)
     assert "no-model" in failure.message
-    peer.process.join(10)
-    assert peer.process.exitcode == 1
 
 
 ORPHAN = """
-import multiprocessing, os, sys, time
-from sglang.srt.managers.scheduler_runner import run_scheduler_process
-from sglang.srt.server_args import PortArgs, ServerArgs
+import multiprocessing, sys, time
+from sglang.srt.managers.scheduler_link import ParentDied, ZmqLink
+from sglang.srt.server_args import PortArgs
+
+def wait(ports):
+    link = ZmqLink(ports)
+    print("child", flush=True)
+    try:
+        link.receive(block=True)
+    except ParentDied as error:
+        print(error, flush=True)
+
 if __name__ == "__main__":
-    args = ServerArgs(model_path=sys.argv[1], device="cpu", disable_cuda_graph=True)
-    ports = PortArgs(sys.argv[2], sys.argv[3])
-    child = multiprocessing.get_context("spawn").Process(target=run_scheduler_process, args=(args, ports))
+    child = multiprocessing.get_context("spawn").Process(target=wait, args=(PortArgs(*sys.argv[1:]),))
     child.start()
-    print(child.pid, flush=True)
     time.sleep(600)
 """
 
 
-def test_ends_when_its_parent_is_killed(dummy_model: Path, tmp_path: Path) -> None:
+def test_notices_that_its_parent_was_killed(tmp_path: Path) -> None:
+    """By itself, where nothing else tells it: both ends of the link's sockets may be gone."""
     script = tmp_path / "parent.py"
     script.write_text(ORPHAN)
-    addresses = [f"ipc://{tmp_path}/{name}" for name in ("in", "out")]
-    with zmq.Context() as context, context.socket(zmq.PULL) as inbox:
-        inbox.bind(addresses[1])
-        command = [sys.executable, str(script), str(dummy_model), *addresses]
-        parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            child = int(parent.stdout.readline())
-            assert inbox.poll(TIMEOUT_MS), "the scheduler did not start"
-            message = msgspec.msgpack.decode(inbox.recv(), type=FromScheduler)
-            assert isinstance(message, (SchedulerReady, Heartbeat))
-        finally:
-            parent.kill()
-            parent.wait()
-    deadline = time.monotonic() + 20
-    while is_running(child):
-        assert time.monotonic() < deadline, "the scheduler outlives its parent"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
+    command = [sys.executable, str(script), *(f"ipc://{tmp_path}/{name}" for name in ("in", "out"))]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not (status.exists() and status.read_text().rsplit(")")[-1].split()[0] == "Z")
+        assert parent.stdout.readline() == "child\n"
+    finally:
+        parent.kill()
+        parent.wait()
+    assert parent.stdout.read() == f"the parent process {parent.pid} died\n"  # ends with the child
+
+
+def test_ends_when_its_parent_died(
+    dummy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def orphaned(link: ZmqLink) -> None:
+        raise ParentDied("the parent process 1 died")
+
+    monkeypatch.setattr(ZmqLink, "_check_parent", orphaned)
+    monkeypatch.setattr(HeartbeatSender, "start", lambda sender: None)  # it would outlive this test
+    ports = PortArgs(f"ipc://{tmp_path}/scheduler", f"ipc://{tmp_path}/tokenizer")
+    with pytest.raises(SystemExit) as ended:
+        run_scheduler_process(
+            ServerArgs(model_path=str(dummy_model), device="cpu", max_total_tokens=1024), ports
+        )
+    assert ended.value.code == 1

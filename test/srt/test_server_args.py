@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import ForkedProcess, run_server
 from sglang.srt.arguments import Parser, flag
 from sglang.srt.environ import EnvFlag, envs, parse_bool
 from sglang.srt.server_args import PortArgs, ServerArgs
@@ -253,12 +253,12 @@ def test_flag_that_does_not_parse_is_named(monkeypatch: pytest.MonkeyPatch, text
         test_flag.get()
 
 
-def test_flag_that_does_not_parse_stops_the_start() -> None:
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", "m", "--device", "cpu"]
+def test_flag_that_does_not_parse_stops_the_start(tmp_path: Path) -> None:
+    argv = ["--model-path", "m", "--device", "cpu"]
     env = os.environ | {"SGLANG_NSA_VERIFY_METADATA": "perhaps"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-    assert result.returncode != 0
-    assert "SGLANG_NSA_VERIFY_METADATA='perhaps'" in result.stderr
+    process = ForkedProcess(run_server, argv, env=env, log=tmp_path / "log")
+    assert process.wait(180) != 0
+    assert "SGLANG_NSA_VERIFY_METADATA='perhaps'" in (tmp_path / "log").read_text()
 
 
 def test_ports_are_unique_and_removed() -> None:

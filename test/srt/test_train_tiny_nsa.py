@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+from forked import ForkedProcess, run_code
 from server_fixture import ROOT
 from sglang.srt.entrypoints.engine import Engine
 from transformers import AutoTokenizer, DeepseekV32ForCausalLM
@@ -20,24 +20,35 @@ QUICK = ["--device", "cpu", "--quick", "--scale", "0.012", "--corpus", str(CORPU
 PROMPT = "def read_file(path):\n    with open(path) as"
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+TRAIN = """
+import runpy, sys
+sys.argv = sys.argv[:1] + {arguments!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def train(out: Path, *arguments: str) -> tuple[int, str]:
+    """The exit status, and what it printed."""
     script = ROOT / "scripts" / "train_tiny_nsa.py"
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    code = TRAIN.format(arguments=["--out", str(out), *arguments], script=str(script))
+    log = out.with_suffix(".log")
+    process = ForkedProcess(run_code, code, [str(script.parent)], env=os.environ, log=log)
+    return process.wait(500), log.read_text()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "first"
-    result = train("--out", str(out), *QUICK)
-    assert result.returncode == 0, result.stderr
+    status, output = train(out, *QUICK)
+    assert status == 0, output
     return out
 
 
 def test_a_rerun_writes_the_same_weights(trained: Path, tmp_path: Path) -> None:
-    result = train("--out", str(tmp_path), *QUICK)
-    assert result.returncode == 0, result.stderr
+    status, output = train(tmp_path / "again", *QUICK)
+    assert status == 0, output
     for name in ("model.safetensors", "tokenizer.json", "held_out.jsonl"):
-        assert (tmp_path / name).read_bytes() == (trained / name).read_bytes(), name
+        assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes(), name
 
 
 def test_it_writes_everything_that_it_measured(trained: Path) -> None:
@@ -65,5 +76,5 @@ def test_the_runtime_continues_as_transformers(trained: Path) -> None:
 
 @pytest.mark.parametrize("scale", ["0", "-1"])
 def test_a_scale_that_is_not_positive_is_refused(scale: str, tmp_path: Path) -> None:
-    result = train("--out", str(tmp_path), "--scale", scale)
-    assert result.returncode == 2 and f"--scale must be positive, got {float(scale)}" in result.stderr
+    status, output = train(tmp_path / "none", "--scale", scale)
+    assert status == 2 and f"--scale must be positive, got {float(scale)}" in output

@@ -1,0 +1,91 @@
+"""Processes that have imported torch and the server already: that would take most of a test's time.
+
+They are forked from one that has done nothing else. It has not imported sgl_kernel: where a process looks for
+that and its libraries is what the environment of that process says.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["sglang.srt.entrypoints.http_process"])
+
+
+@atexit.register  # after multiprocessing's own, so before it: that waits for all that still run
+def _end_all() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+class ForkedProcess:
+    """`function(*args)` in a session of its own; stdout and stderr go to `log`. Answers as a Popen."""
+
+    def __init__(
+        self, function: Callable[..., Any], *args: Any, env: Mapping[str, str], log: Path | str
+    ) -> None:
+        self._process = _context.Process(target=_run, args=(function, args, dict(env), str(log)))
+        Path(log).touch()
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(repr(self._process), timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run_code(code: str, path: Sequence[str]) -> None:
+    """As `python -c` with PYTHONPATH."""
+    sys.path[:0] = path
+    exec(code, {"__name__": "__main__"})
+
+
+def run_server(argv: Sequence[str]) -> None:
+    """As `python -m sglang.launch_server`."""
+    from sglang.launch_server import main
+
+    sys.argv = ["sglang.launch_server", *argv]
+    sys.exit(main())
+
+
+def _run(function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str], log: str) -> None:
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(env)
+    try:
+        function(*args)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
