@@ -117,8 +117,8 @@ class Case:
 
     def _captured_graph(self, run: Call) -> Call:
         """What a draft graph that begins with `run` does first, at its replay."""
+        run()  # whatever is compiled at first use
         if self.device.type != "cuda":
-            run()
             return run
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
