@@ -276,7 +276,7 @@ class Check:
         self.model = make_model(model, out / "model", vocab_size=512)
         self.large = model
         self.lines: list[str] = []
-        self.gpus = len(os.environ.get("GPUS", "0").split(","))
+        self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
 
     def say(self, line: str) -> None:
         print(line, flush=True)
@@ -286,7 +286,7 @@ class Check:
         """The child's result; None where it failed, with the end of its log."""
         result, log = self.out / f"{name}.json", self.out / f"{name}.log"
         command = [sys.executable, __file__, "child", kind, str(model), case, str(result)]
-        env = os.environ | {VARIABLE: mode, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        env = os.environ | {VARIABLE: mode, "CUDA_VISIBLE_DEVICES": self.gpus[gpu % len(self.gpus)]}
         with log.open("w") as output:
             try:
                 done = subprocess.run(command, env=env, stdout=output, stderr=subprocess.STDOUT, timeout=150)
@@ -311,7 +311,7 @@ class Check:
                     case,
                     self.model,
                     f"tokens_{number}_{mode}",
-                    number % self.gpus,
+                    number,
                 )
                 for number, case in enumerate(CASES)
                 for mode in MODES
