@@ -1,4 +1,4 @@
-"""The kernel benchmark runs, and every line has a floor."""
+"""The kernel benchmarks run, and every line has what it is compared with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARK = Path(__file__).resolve().parent.parent / "benchmark" / "bench_fused_metadata_copy.py"
+FOLDER = Path(__file__).resolve().parent.parent / "benchmark"
+BENCHMARK, REPLAY_BENCHMARK = FOLDER / "bench_fused_metadata_copy.py", FOLDER / "bench_replay_copy.py"
 
 
 def test_every_line_has_a_floor(tmp_path: Path) -> None:
@@ -24,3 +25,15 @@ def test_every_line_has_a_floor(tmp_path: Path) -> None:
     names = " ".join(case["name"] for case in result["cases"])
     for part in ("copy plan N=15", "generate plan N=7", "shared tables", "vectors alone", "SGLang's multi"):
         assert part in names
+
+
+def test_the_replay_copy_is_measured_beside_its_competitors(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    sizes = ["--bs", "1", "3", "--width", "40", "--most-width", "64", "--repeats", "2", "--calls", "3"]
+    command = [sys.executable, str(REPLAY_BENCHMARK), "--device", "cpu", *sizes, "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    methods = ["six copy_", "_foreach_copy_", "fused_copy_replay_data", "ReplayCopyPlan"]
+    assert [(r["bs"], r["method"]) for r in results] == [(bs, m) for bs in (1, 3) for m in methods]
+    assert all(r["enqueue_us"] > 0 and r["row_us"] > 0 for r in results)
