@@ -113,7 +113,7 @@ def test_replay_verifies_itself_when_told_to(layout):
     replay(graph, case.max_bs, inputs.max_len(first))
     inputs.load(second)
     graph._launch[case.max_bs] = lambda max_len: None
-    with pytest.raises(MetadataMismatchError, match="stale or wrong NSA metadata: cache_seqlens_int32"):
+    with pytest.raises(MetadataMismatchError, match="stale or wrong metadata: cache_seqlens_int32"):
         graph.replay(case.max_bs, inputs.max_len(second))
 
 

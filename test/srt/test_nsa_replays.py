@@ -41,5 +41,5 @@ def test_a_stale_replay_is_found(monkeypatch):
 
     wrap_run(monkeypatch, FusedGenerator, forgetful)
     wrap_run(monkeypatch, FusedReplication, forgetful)
-    with pytest.raises(MetadataMismatchError, match="stale or wrong NSA metadata"):
+    with pytest.raises(MetadataMismatchError, match="stale or wrong metadata"):
         soak(3000, torch.device("cpu"))

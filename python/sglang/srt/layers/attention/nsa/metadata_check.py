@@ -33,7 +33,7 @@ class MetadataDifference:
     def __str__(self) -> str:
         place = f"row {self.row}" if self.column is None else f"row {self.row}, column {self.column}"
         return (
-            f"stale or wrong NSA metadata: {self.field} of backend {self.backend}, {place}: "
+            f"stale or wrong metadata: {self.field} of backend {self.backend}, {place}: "
             f"expected {self.expected}, found {self.found}"
         )
 
