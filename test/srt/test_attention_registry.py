@@ -12,13 +12,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang.srt.layers.attention import registry, sparse_mla_flashinfer
+from sglang.srt.layers.attention import registry, sparse_mla_flashinfer, sparse_mla_flashmla
+from sglang.srt.layers.attention.nsa import indexer
 from sglang.srt.layers.attention.nsa.dims import AttentionDims
 from sglang.srt.layers.attention.nsa.indexer import select_topk
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode, MetadataShape, as_backend_metadata
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs, precompute_metadata
+from sglang.srt.layers.attention.nsa.schedules import NO_STATE
 from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
-from sglang.srt.layers.attention.registry import IMPLEMENTATIONS, SparseAttentionOps, select_attention_ops
+from sglang.srt.layers.attention.registry import (
+    FILLING_ROWS,
+    IMPLEMENTATIONS,
+    SparseAttentionOps,
+    select_attention_ops,
+)
 from sglang.srt.layers.attention.sparse_mla_flashinfer import FlashInferSparseMLA, read_plan
 from sglang.srt.layers.attention.sparse_mla_flashmla import FlashMLAKV, FlashMLASparse, padded_heads
 from sglang.srt.libraries import flashmla
@@ -53,11 +60,62 @@ def test_auto_on_the_cpu_is_torch_and_says_so(caplog: pytest.LogCaptureFixture) 
     assert "decode: auto chose torch" in caplog.text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_auto_on_cuda_is_triton_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def triton_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's place taken by torch, so that what `auto` makes of it runs anywhere."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "triton", IMPLEMENTATIONS["torch"])
+    monkeypatch.setitem(sys.modules, f"{indexer.__package__}.indexer_triton", indexer)
+
+
+def test_auto_on_cuda_takes_flashmla_for_many_rows(
+    triton_in_torch: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows_seen = []
+
+    def sparse_fwd(q, kv, indices, scale, latent):
+        rows_seen.append(q.shape[0])
+        return [sparse_mla(q[..., :latent], q[..., latent:], kv[:, 0], indices[:, 0], scale)]
+
+    library = FlashMLALibrary("a test", sparse_fwd)
+    monkeypatch.setattr(sparse_mla_flashmla, "load_flashmla", lambda: library)
+    dims = replace(DEEPSEEK, num_attention_heads=8, index_topk=128)
     with caplog.at_level(logging.INFO, registry.__name__):
-        assert select_attention_ops("auto", CUDA, "prefill").name == "triton"
-    assert "prefill: auto chose triton" in caplog.text
+        ops = select_attention_ops("auto", CUDA, "prefill", dims)
+    assert f"prefill: auto chose flashmla_sparse from {FILLING_ROWS} rows, torch below" in caplog.text
+    assert ops.prepare is None and ops.padding_slot == -1
+    for rows in (1, FILLING_ROWS - 1, FILLING_ROWS, FILLING_ROWS + 1):
+        q_nope, q_rope, kv, slots = random_inputs(rows, 8, 128)
+        out = ops.sparse_mla(q_nope, q_rope, kv, slots, 0.1, NO_STATE)
+        torch.testing.assert_close(out, sparse_mla(q_nope, q_rope, kv, slots, 0.1))
+    assert rows_seen == [FILLING_ROWS, FILLING_ROWS + 1]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_DIMS)
+def test_auto_on_cuda_says_why_not_flashmla(
+    name: str, value: object, triton_in_torch: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, registry.__name__):
+        ops = select_attention_ops("auto", CUDA, "decode", replace(DEEPSEEK, **{name: value}))
+    assert ops.name == "torch"
+    assert f"decode: auto chose torch; not flashmla_sparse: FlashMLA needs {name}" in caplog.text
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_sgl_flash_mla_is_asked_for_the_kernels_of_v32(legacy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, use_legacy=False, return_log2_lse=None):
+        return use_legacy, return_log2_lse
+
+    module = SimpleNamespace(
+        flash_mla_sparse_fwd=flash_mla_sparse_fwd, has_legacy=lambda: legacy, __version__="1.0.0"
+    )
+    monkeypatch.setitem(sys.modules, "flash_mla", module)
+    if legacy:
+        library = flashmla._from_module("flash_mla")
+        assert library.source == "flash_mla 1.0.0"
+        assert library.sparse_fwd(None, None, None, 0.1, 512) == (True, False)
+    else:
+        with pytest.raises(ImportError, match=r"1\.0\.0 was built without the kernels of DeepSeek-V3.2"):
+            flashmla._from_module("flash_mla")
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:

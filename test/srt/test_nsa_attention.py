@@ -13,6 +13,7 @@ import pytest
 import torch
 from sglang.srt.layers.attention.nsa import indexer, sparse_mla
 from sglang.srt.layers.attention.nsa.indexer import topk_by_position
+from sglang.srt.layers.attention.sparse_mla_flashmla import side_by_side, zero_dead_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = {"torch": "cpu", "torch_cuda": "cuda", "triton": "cpu" if INTERPRETED else "cuda"}
@@ -257,6 +258,10 @@ ATTEND_CASES = [
 LARGE_ATTEND_CASES = [
     AttendCase("deepseek", [2048, 1, 700, 0, 2047], 2048, 128, 512, 64, torch.bfloat16),
     AttendCase("deepseek_float32", [2048, 5], 2048, 128, 512, 64),
+    AttendCase("half_the_heads", [2048, 700, 0], 2048, 64, 512, 64, torch.bfloat16),
+    AttendCase("odd_heads", [100, 640, 3] * 100, 640, 100, 512, 64, torch.bfloat16, spread=True),
+    AttendCase("few_heads", [2048, 1, 64], 2048, 16, 512, 64, torch.bfloat16),
+    AttendCase("odd_latent", [300, 512], 512, 128, 448, 64, torch.bfloat16),
     AttendCase("deepseek_many_rows", [2048] * 150, 2048, 128, 512, 64, torch.bfloat16, spread=True),
 ]
 
@@ -305,6 +310,41 @@ def check_attend(case: AttendCase, name: str) -> None:
 @pytest.mark.parametrize("case", ATTEND_CASES, ids=lambda case: case.name)
 def test_sparse_mla(case: AttendCase, name: str) -> None:
     check_attend(case, name)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the large cases take this way")
+@pytest.mark.parametrize("heads", [16, 20])
+def test_sparse_mla_with_latents_in_two_parts(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What many heads of DeepSeek's size need, on a small model: each program mixes half of the latents."""
+    from sglang.srt.layers.attention.nsa import sparse_mla_triton
+
+    tile = sparse_mla_triton.Tile(heads=16, slots=16, latents=64, parts=2, warps=4, stages=1)
+    monkeypatch.setattr(sparse_mla_triton.Tile, "choose", lambda *_: tile)
+    check_attend(AttendCase("packed", [0, 1, 31, 32, 5], heads=heads), "triton")
+    check_attend(AttendCase("split", [512, 3, 300, 0], topk=512, heads=heads, spread=True), "triton")
+
+
+def test_queries_that_lie_side_by_side_are_not_copied() -> None:
+    q = torch.randn(3, 4, 576)
+    for q_nope, q_rope, together in (
+        (q[..., :512], q[..., 512:], True),
+        (q[..., :512].clone(), q[..., 512:], False),
+        (q[:, :2, :512], q[:, :2, 512:], False),  # not all heads: rows do not follow each other
+    ):
+        joined = side_by_side(q_nope, q_rope)
+        assert torch.equal(joined, torch.cat((q_nope, q_rope), dim=-1)) and joined.is_contiguous()
+        assert (joined.data_ptr() == q.data_ptr()) == together
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rows_without_a_slot_become_zeros_where_they_lie(device: str) -> None:
+    slots = torch.tensor([[3, -1], [-1, -1], [1, 2], [-1, -1]], dtype=torch.int32, device=device)
+    padded = torch.full((4, 6, 40), float("nan"), device=device)  # two heads more than the model's
+    out = padded[:, :4]
+    out[0], out[2] = 1.0, 2.0
+    assert zero_dead_rows(out, slots) is out
+    assert out[:, 0, 0].tolist() == [1.0, 0.0, 2.0, 0.0] and not out[1].any() and not out[3].any()
+    assert padded[:, 4:].isnan().all()
 
 
 @pytest.mark.gpu

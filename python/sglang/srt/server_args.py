@@ -19,6 +19,7 @@ NSA_BACKENDS = ("auto", "torch", "triton", "flashinfer", "flashmla_kv", "flashml
 METADATA_LAYOUTS = ("replicate", "shared", "in_graph", "indirect")
 METADATA_COPIES = ("auto", "fused", "direct", "torch")
 DEFAULT_SPECULATIVE_NUM_STEPS = 4
+CHUNKED_PREFILL_SIZE = {"cpu": 2048, "cuda": 8192}  # fewer rows leave a GPU idle between passes
 MAX_SPECULATIVE_NUM_STEPS = 64  # each has its backend, its metadata and its part of the captured graph
 
 
@@ -63,7 +64,9 @@ class ServerArgs(SGLangArgs):
     max_total_tokens: int | None = memory(None, "tokens that the cache holds (default: from free memory)")
     mem_fraction_static: float = memory(0.8, "share of the device's memory for weights and cache (cuda)")
     max_running_requests: int = memory(64, "requests that run at the same time; more wait")
-    chunked_prefill_size: int = memory(2048, "longest piece of a prompt in one step; -1: whole prompts")
+    chunked_prefill_size: int | None = memory(
+        None, "longest piece of a prompt in one step; -1: whole prompts (default: cpu 2048, cuda 8192)"
+    )
     disable_radix_cache: bool = memory(False, "do not reuse the cache of common prefixes")
     attention_backend: str = attention(
         "nsa",
@@ -141,6 +144,9 @@ class ServerArgs(SGLangArgs):
             for name in ("nsa_prefill_backend", "nsa_decode_backend"):
                 if getattr(self, name) == "auto":
                     derived[name] = "flashmla_kv"
+        if self.chunked_prefill_size is None:
+            on_cuda = derived.get("device", self.device) == "cuda"
+            derived["chunked_prefill_size"] = CHUNKED_PREFILL_SIZE["cuda" if on_cuda else "cpu"]
         if self.cuda_graph_max_bs is None:
             derived["cuda_graph_max_bs"] = self.max_running_requests
         if self.speculative_algorithm is not None:

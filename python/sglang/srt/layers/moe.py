@@ -13,9 +13,7 @@ from torch import nn
 from sglang.srt.layers.linear import Layer, linear
 from sglang.srt.model_config import ModelConfig
 
-# Rows that the all-experts path takes at once; bounds its [E, rows, 2 * I] intermediate.
-MASKED_CHUNK_ROWS = 256
-MASKED_CPU_ROWS = 16
+MASKED_CPU_ROWS = 16  # that the all-experts path takes; bounds its [E, rows, 2 * I] intermediate
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -70,14 +68,11 @@ class TopkRouter(Layer):
 class RoutedExperts(Layer):
     """E gated MLPs in two packed tensors, computed in one of three ways (same result up to rounding):
 
-    - gathered: no more (token, expert) pairs than experts: one batched product over the pairs' own matrices;
-    - masked: every expert sees every token, and the weight of an expert that was not chosen is 0;
+    - Triton, on CUDA: grouped matrix products in four launches, whatever the sizes (`moe_triton.py`);
     - grouped: tokens sorted by expert, one product for each expert that has any. Least work, but the sizes
-      depend on the data, so the host must read them.
-
-    The first two have static shapes, never wait for the device, and are what a CUDA graph can hold. Grouped
-    serves the CPU's larger batches, and on CUDA the large eager ones, where one wait is small
-    beside the work it saves.
+      depend on the data, so the host must read them: nothing on a CPU;
+    - masked: every expert sees every token, and the weight of an expert that was not chosen is 0. Two
+      products in all, where a few rows between them choose most experts.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -91,15 +86,15 @@ class RoutedExperts(Layer):
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """x [T, hidden], weights [T, K] float32, experts [T, K] int64 -> [T, hidden]."""
-        if x.device.type == "cpu":
-            # A few rows that between them choose most experts: two products instead of two an expert.
-            small = x.shape[0] <= MASKED_CPU_ROWS and 2 * experts.numel() >= len(self.down_proj)
-            return (self.forward_masked if small else self.forward_grouped)(x, weights, experts)
-        if experts.numel() <= self.gate_up_proj.shape[0]:
-            return self.forward_gathered(x, weights, experts)
-        if x.shape[0] > MASKED_CHUNK_ROWS and not torch.cuda.is_current_stream_capturing():
-            return self.forward_grouped(x, weights, experts)
-        return self.forward_masked(x, weights, experts)
+        if x.device.type == "cuda":
+            return self.forward_triton(x, weights, experts)
+        small = x.shape[0] <= MASKED_CPU_ROWS and 2 * experts.numel() >= len(self.down_proj)
+        return (self.forward_masked if small else self.forward_grouped)(x, weights, experts)
+
+    def forward_triton(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        from sglang.srt.layers.moe_triton import routed_experts  # Triton is there where CUDA is
+
+        return routed_experts(x, weights, experts, self.gate_up_proj, self.down_proj)
 
     def forward_grouped(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         pairs = experts.flatten()
@@ -116,21 +111,9 @@ class RoutedExperts(Layer):
                 start += count
         return out.to(x.dtype)
 
-    def forward_gathered(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        rows, k = experts.shape
-        pairs = experts.flatten()
-        x_pairs = x[:, None].expand(-1, k, -1).reshape(rows * k, x.shape[1], 1)
-        inner = silu_and_mul(torch.bmm(self.gate_up_proj[pairs], x_pairs).squeeze(-1))  # [T * K, I]
-        y = torch.bmm(self.down_proj[pairs], inner[..., None]).view(rows, k, x.shape[1])
-        return (y.float() * weights[..., None]).sum(1).to(x.dtype)
-
     def forward_masked(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         dense = torch.zeros((x.shape[0], len(self.down_proj)), dtype=torch.float32, device=x.device)
         dense.scatter_(1, experts, weights)  # [T, E]
-        chunks = zip(x.split(MASKED_CHUNK_ROWS), dense.split(MASKED_CHUNK_ROWS))
-        return torch.cat([self._masked_chunk(rows, mask) for rows, mask in chunks])
-
-    def _masked_chunk(self, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
         gate_up = torch.matmul(x, self.gate_up_proj.transpose(1, 2))  # [E, T, 2 * I]
         y = torch.bmm(silu_and_mul(gate_up), self.down_proj.transpose(1, 2))  # [E, T, hidden]
         return y.float().mul_(dense.t()[..., None]).sum(0).to(x.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -72,4 +73,11 @@ def _from_distribution(name: str) -> FlashMLALibrary:
 def _from_module(name: str) -> FlashMLALibrary:
     """A package of its own, whose decode has changed its arguments too often to rely on."""
     module = importlib.import_module(name)
-    return FlashMLALibrary(name, module.flash_mla_sparse_fwd)
+    sparse_fwd = module.flash_mla_sparse_fwd
+    if "use_legacy" not in inspect.signature(sparse_fwd).parameters:
+        return FlashMLALibrary(name, sparse_fwd)
+    # SGLang's fork keeps the kernels for keys of 576 dimensions, and all of Hopper's, apart.
+    if not module.has_legacy():
+        raise ImportError(f"version {module.__version__} was built without the kernels of DeepSeek-V3.2")
+    without_statistics = functools.partial(sparse_fwd, use_legacy=True, return_log2_lse=False)
+    return FlashMLALibrary(f"{name} {module.__version__}", without_statistics)

@@ -15,7 +15,7 @@ from torch import nn
 
 from sglang.srt.layers.attention.base_attn_backend import MLAInputs
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import Layer, linear
+from sglang.srt.layers.linear import Layer, linear, multiply_heads
 from sglang.srt.layers.moe import DeepseekMoE, GatedMLP
 from sglang.srt.layers.rotary import RotaryEmbedding, apply_rotary_half, apply_rotary_interleaved
 from sglang.srt.model_config import ModelConfig
@@ -91,9 +91,10 @@ class MLAttention(Layer):
         q_index = index_weights = None
         if forward_batch.attn_backend.selects_keys():
             q_index, index_weights = self.indexer.queries(x, q_latent, rotation)
+        q_nope, q_rope = self._absorbed(q_nope, apply_rotary_interleaved(q_rope, rotation))
         inputs = MLAInputs(
-            q_nope=torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1),
-            q_rope=apply_rotary_interleaved(q_rope, rotation),
+            q_nope=q_nope,
+            q_rope=q_rope,
             kv_latent=self.kv_a_layernorm(kv_latent),
             k_rope=apply_rotary_interleaved(k_rope[:, None], rotation).squeeze(1),
             q_index=q_index,
@@ -102,8 +103,19 @@ class MLAttention(Layer):
             softmax_scale=self.config.softmax_scale,
         )
         latents = forward_batch.attn_backend.forward(self.layer_id, inputs, forward_batch)  # [T, H, C]
-        values = torch.bmm(latents.transpose(0, 1), self.w_uv.transpose(1, 2))  # [H, T, v_head_dim]
-        return self.o_proj(values.transpose(0, 1).flatten(1))
+        values = multiply_heads(latents, self.w_uv.transpose(1, 2))  # [T, H, v_head_dim]
+        return self.o_proj(values.flatten(1))
+
+    def _absorbed(self, q_nope: torch.Tensor, q_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q_nope [T, H, nope] becomes [T, H, C]. On CUDA it and q_rope [T, H, R] then lie side by side in one
+        tensor, as kernels read them."""
+        if not q_nope.is_cuda:
+            return multiply_heads(q_nope, self.w_uk), q_rope
+        q = q_nope.new_empty((*q_nope.shape[:2], sum(self.kv_dims)))
+        absorbed, rotated = q.split(self.kv_dims, dim=-1)
+        multiply_heads(q_nope, self.w_uk, out=absorbed)
+        rotated.copy_(q_rope)
+        return absorbed, rotated
 
 
 class DeepseekV32DecoderLayer(Layer):

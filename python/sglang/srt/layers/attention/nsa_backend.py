@@ -29,6 +29,9 @@ METADATA_MODES: dict[ForwardMode, MetadataMode] = {
 }
 
 
+TOPK_MULTIPLE = 128  # of the slots of a row: a library's kernel reads them in blocks
+
+
 @dataclass(frozen=True)
 class NSAConfig:
     """What all backends of a server have in common."""
@@ -137,6 +140,10 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
         ragged = isinstance(metadata, RaggedMetadata)
         ops = self.config.prefill_ops if ragged else self.config.decode_ops
         lengths, table = metadata.nsa_seqlens_expanded, metadata.slot_table
+        topk = self.config.topk
+        # The host knows a prefill's longest sequence: nobody looks at slots that cannot be.
+        if ragged and ops.prepare is None:
+            topk = min(topk, -(-metadata.width // TOPK_MULTIPLE) * TOPK_MULTIPLE)
         slots = ops.select_topk(
             inputs.q_index,
             inputs.index_weights,
@@ -144,7 +151,7 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
             table.slots,
             table.rows,
             lengths,
-            self.config.topk,
+            topk,
             self._width,
             rows_per_req=table.rows_per_req,
             padding_slot=ops.padding_slot,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -124,21 +125,54 @@ def _built(
     return replace(implementation.build(dims, device), reads=implementation.reads)
 
 
+# What `auto` looks for on CUDA, the fastest first, as measured (docs/attention_backends.md). Such a kernel
+# has a program for each row, or for each 64 heads of it: the fastest once they fill the device. Below that
+# Triton divides the keys of each row, and where no library serves, it does everything.
+AUTO_LIBRARIES = ("flashmla_sparse",)
+FILLING_ROWS = 32
+
+
+def _by_rows(few: SparseAttentionOps, many: SparseAttentionOps, rows: int) -> SparseAttentionOps:
+    """`many` for passes of at least so many rows, which is known when a graph is captured, else `few`."""
+    assert few.prepare is many.prepare is None and few.padding_slot == many.padding_slot
+
+    def attend(q_nope: torch.Tensor, *inputs: Any) -> torch.Tensor:
+        return (many if q_nope.shape[0] >= rows else few).sparse_mla(q_nope, *inputs)
+
+    name = f"{many.name} from {rows} rows, {few.name} below"
+    return replace(few, name=name, sparse_mla=attend, reads=few.reads | many.reads)
+
+
+def _auto_ops(device: torch.device, role: str, dims: AttentionDims | None) -> SparseAttentionOps:
+    """The fastest that is installed and serves the model; logged, with why others were passed over."""
+    if device.type != "cuda":
+        logger.info("sparse attention for %s: auto chose torch (device %s)", role, device.type)
+        return _built(IMPLEMENTATIONS["torch"], dims, device)
+    chosen, passed_over = _built(IMPLEMENTATIONS["triton"], dims, device), []
+    for name in AUTO_LIBRARIES:
+        try:
+            chosen = _by_rows(chosen, _named_ops(name, device, role, dims), FILLING_ROWS)
+            break
+        except (ImportError, ValueError) as reason:
+            passed_over.append(f"; not {name}: {reason}")
+    logger.info("sparse attention for %s: auto chose %s%s", role, chosen.name, "".join(passed_over))
+    return chosen
+
+
 def select_attention_ops(
     name: str, device: torch.device, role: str, dims: AttentionDims | None = None
 ) -> SparseAttentionOps:
-    """The implementation of that name; 'auto' is triton on CUDA and torch elsewhere, and is logged.
+    """The implementation of that name; 'auto' is the fastest on CUDA, torch elsewhere, and is logged.
 
-    `dims` are those of the model, which a library's kernels may not serve. Triton serves every model in every
-    pass and needs nothing installed, so it is what 'auto' means; a library is asked for by name.
+    `dims` are those of the model, which a library's kernels may not serve.
 
     Raises ImportError where an implementation asked for by name is not available, and ValueError where there
     is none of that name or it does not serve the model or the role.
     """
-    if name == "auto":
-        chosen = "triton" if device.type == "cuda" else "torch"
-        logger.info("sparse attention for %s: auto chose %s", role, chosen)
-        return _built(IMPLEMENTATIONS[chosen], dims, device)
+    return _auto_ops(device, role, dims) if name == "auto" else _named_ops(name, device, role, dims)
+
+
+def _named_ops(name: str, device: torch.device, role: str, dims: AttentionDims | None) -> SparseAttentionOps:
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"sparse attention implementation for {role} must be auto or one of {list(IMPLEMENTATIONS)}, "

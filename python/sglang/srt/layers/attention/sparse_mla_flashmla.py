@@ -33,15 +33,35 @@ def padded_heads(dims: AttentionDims) -> int:
     )
 
 
+def side_by_side(q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
+    """[T, H, 576]: the tensor that both are parts of, where they are, else a copy."""
+    rows, heads, _ = q_nope.shape
+    stride = (heads * (LATENT + ROPE), LATENT + ROPE, 1)
+    follows = q_rope.data_ptr() == q_nope.data_ptr() + LATENT * q_nope.element_size()
+    if follows and q_nope.stride() == q_rope.stride() == stride:
+        return q_nope.as_strided((rows, heads, LATENT + ROPE), stride)
+    return torch.cat((q_nope, q_rope), dim=-1)
+
+
 def padded_query(q_nope: torch.Tensor, q_rope: torch.Tensor, padded: int) -> torch.Tensor:
     """[T, padded heads, 576]; the heads beyond the model's are zeros."""
     rows, heads, _ = q_nope.shape
     if heads == padded:
-        return torch.cat((q_nope, q_rope), dim=-1)
+        return side_by_side(q_nope, q_rope)
     q = q_nope.new_zeros((rows, padded, LATENT + ROPE))
     q[:, :heads, :LATENT] = q_nope
     q[:, :heads, LATENT:] = q_rope
     return q
+
+
+def zero_dead_rows(out: torch.Tensor, topk_slots: torch.Tensor) -> torch.Tensor:
+    """`out` [T, H, C] with zeros, written into it, where a row of slots [T, topk] has none."""
+    if out.is_cuda:
+        from sglang.srt.layers.attention.nsa.sparse_mla_triton import zero_dead_rows
+
+        zero_dead_rows(out, topk_slots)
+        return out
+    return out.masked_fill_((topk_slots[:, 0] < 0)[:, None, None], 0.0)
 
 
 class FlashMLASparse:
@@ -75,7 +95,7 @@ class FlashMLASparse:
             softmax_scale,
             LATENT,
         )[0]
-        return out[:, :heads].masked_fill((topk_slots[:, 0] < 0)[:, None, None], 0.0)
+        return zero_dead_rows(out[:, :heads], topk_slots)
 
 
 class FlashMLAKV:
@@ -131,4 +151,4 @@ class FlashMLAKV:
             True,  # FP8
             topk_slots[:, None],
         )[0]
-        return out[:, 0, :heads].masked_fill((topk_slots[:, 0] < 0)[:, None, None], 0.0)
+        return zero_dead_rows(out[:, 0, :heads], topk_slots)

@@ -12,7 +12,11 @@ import triton.language as tl
 
 # Scores [rows, width] held at once, in elements (float32): only long prefills need more than one chunk.
 CHUNK_ELEMENTS = 1 << 26
-TOPK_BLOCK = 2048  # scores that a program of the top-k looks at in one go
+# Scores that a program of the top-k looks at in one go, and its warps: for narrow rows, and for others.
+TOPK_BLOCKS = ((2048, 8), (8192, 16))
+SCORES_WARPS = 4
+MAX_BLOCK_T = 32  # rows that a program of the scores takes
+FILLING_ROWS = 16  # fewer blocks of rows than that leave multiprocessors idle at short widths
 
 
 @triton.jit
@@ -22,7 +26,7 @@ def _table_row(table_rows, row, first_row, rows_per_req):
 
 
 # Not specialised on what changes with every prefill: it must not compile anew for that.
-@triton.jit(do_not_specialize=["width", "first_row", "rows_per_req"])
+@triton.jit(do_not_specialize=["width", "first_row", "rows_per_req", "rows"])
 def _scores_kernel(
     q_index,  # [T, Hi, Di]
     index_weights,  # [T, Hi], float32
@@ -33,6 +37,7 @@ def _scores_kernel(
     scores,  # [T, width], float32: written below each row's length
     first_row,  # of the T rows among all
     rows_per_req,
+    rows,
     heads,
     dim,
     width,
@@ -41,39 +46,67 @@ def _scores_kernel(
     weights_stride,
     k_stride,
     table_stride,
+    BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,  # a block holds all of dim, and keys stay where they are
 ):
-    """One program: one row's scores of BLOCK_N keys."""
-    row = tl.program_id(0).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + row), width)
-    first = tl.program_id(1) * BLOCK_N
-    if first < length:
-        table_row = _table_row(table_rows, row, first_row, rows_per_req)
-        columns = first + tl.arange(0, BLOCK_N)
-        live = columns < length
-        h = tl.arange(0, BLOCK_H)
-        slots = tl.load(page_table + table_row * table_stride + columns, mask=live, other=0).to(tl.int64)
-        per_head = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
-        for start in range(0, dim, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
+    """One program: the scores of BLOCK_N keys for BLOCK_T rows. Rows in a run of one request share its keys,
+    which are loaded once for the run."""
+    begin = tl.program_id(0) * BLOCK_T
+    stop = tl.minimum(begin + BLOCK_T, rows)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = begin + tl.arange(0, BLOCK_T)
+    block_lengths = tl.minimum(tl.load(lengths + block, mask=block < stop, other=0), width)
+    if table_rows is None:
+        block_tables = block
+    else:
+        at = table_rows + (first_row + block) // rows_per_req
+        block_tables = tl.load(at, mask=block < stop, other=-1).to(tl.int32)
+    h = tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    q_at = q_index + h[None, :] * q_stride_h + d[:, None]
+    while begin < stop:
+        table_row = tl.sum(tl.where(block == begin, block_tables, 0), axis=0)
+        other = (block > begin) & (block_tables != table_row)
+        end = tl.minimum(tl.min(tl.where(other, block, stop), axis=0), stop)
+        in_run = (block >= begin) & (block < end)
+        longest = tl.max(tl.where(in_run, block_lengths, 0), axis=0)
+        if tl.program_id(1) * BLOCK_N < longest:
+            live = columns < longest
+            page_at = page_table + table_row.to(tl.int64) * table_stride + columns
+            slots = tl.load(page_at, mask=live, other=0).to(tl.int64)
             k_at = index_k + slots[:, None] * k_stride + d[None, :]
-            k = tl.load(k_at, mask=live[:, None] & (d < dim)[None, :], other=0.0)  # [N, D]
-            q_at = q_index + row * q_stride_t + h[None, :] * q_stride_h + d[:, None]
-            q = tl.load(q_at, mask=(h < heads)[None, :] & (d < dim)[:, None], other=0.0)  # [D, H]
-            per_head = tl.dot(k, q, per_head, input_precision="ieee")
-        w = tl.load(index_weights + row * weights_stride + h, mask=h < heads, other=0.0)  # [H]
-        per_head = tl.maximum(per_head, 0.0) * w[None, :]
-        tl.store(scores + row * width + columns, tl.sum(per_head, axis=1), mask=live)
+            if WHOLE:
+                k = tl.load(k_at, mask=live[:, None] & (d < dim)[None, :], other=0.0)  # [N, D]
+            for t in range(end - begin):
+                row = begin.to(tl.int64) + t
+                if WHOLE:
+                    q_mask = (d < dim)[:, None] & (h < heads)[None, :]
+                    q = tl.load(q_at + row * q_stride_t, mask=q_mask, other=0.0)  # [D, H]
+                    per_head = tl.dot(k, q, input_precision="ieee")
+                else:
+                    per_head = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
+                    for start in range(0, dim, BLOCK_D):
+                        in_d = start + d < dim
+                        part = tl.load(k_at + start, mask=live[:, None] & in_d[None, :], other=0.0)
+                        q_mask = in_d[:, None] & (h < heads)[None, :]
+                        q = tl.load(q_at + row * q_stride_t + start, mask=q_mask, other=0.0)
+                        per_head = tl.dot(part, q, per_head, input_precision="ieee")
+                w = tl.load(index_weights + row * weights_stride + h, mask=h < heads, other=0.0)  # [H]
+                per_head = tl.maximum(per_head, 0.0) * w[None, :]
+                length = tl.minimum(tl.load(lengths + row), width)
+                tl.store(scores + row * width + columns, tl.sum(per_head, axis=1), mask=columns < length)
+        begin = end
 
 
 @triton.jit
 def _ordered_keys(scores, columns, live):
-    """Scores as integers in [0, 2**32) that are ordered alike; -0.0 counts as 0.0."""
+    """Scores as uint32 that are ordered alike; -0.0 counts as 0.0."""
     score = tl.load(scores + columns, mask=live, other=0.0)
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True).to(tl.int64)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 0x80000000
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
+    return tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
 
 
 @triton.jit(do_not_specialize=["width", "first_row", "rows_per_req"])
@@ -107,20 +140,20 @@ def _topk_kernel(
             tl.store(slots + columns, page, mask=columns < topk)
     else:
         bins = tl.arange(0, 256)
-        threshold = tl.zeros((), dtype=tl.int64)  # the digits of the k-th highest key known so far
-        need = tl.zeros((), dtype=tl.int32) + topk  # its rank among the keys that share these digits
-        for step in tl.static_range(4):
-            shift = 24 - 8 * step
+        threshold = tl.zeros((), dtype=tl.uint32)  # the digits of the k-th highest key known so far
+        need = tl.zeros((), dtype=tl.int32) + topk  # keys still to be taken among those with these digits
+        for shift in tl.static_range(24, -1, -8):
             histogram = tl.zeros((256,), dtype=tl.int32)
             for start in range(0, length, BLOCK):
                 columns = start + offsets
-                live = columns < length
-                keys = _ordered_keys(scores, columns, live)
-                alike = live & ((keys >> (shift + 8)) == (threshold >> (shift + 8)))
+                alike = columns < length
+                keys = _ordered_keys(scores, columns, alike)
+                if shift < 24:
+                    alike = alike & ((keys >> (shift + 8)) == (threshold >> (shift + 8)))
                 histogram += tl.histogram(((keys >> shift) & 255).to(tl.int32), 256, mask=alike)
             above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)  # keys with a higher digit
             found = (above < need) & (need <= above + histogram)  # true for one bin
-            threshold += tl.sum(tl.where(found, bins, 0), axis=0).to(tl.int64) << shift
+            threshold += tl.sum(tl.where(found, bins, 0), axis=0).to(tl.uint32) << shift
             need -= tl.sum(tl.where(found, above, 0), axis=0)
         taken = tl.zeros((), dtype=tl.int32)
         equals = tl.zeros((), dtype=tl.int32)
@@ -161,17 +194,22 @@ def select_topk(
         return slots
     if width == 0:
         return slots.fill_(padding_slot)
+    topk_block, topk_warps = TOPK_BLOCKS[width > TOPK_BLOCKS[0][0]]
     step = max(1, CHUNK_ELEMENTS // width)
     scores = torch.empty((min(rows, step), width), dtype=torch.float32, device=q_index.device)
-    # float32 products are not done by tensor cores: their operands must fit the registers.
+    # Rows of a request share a program's keys; where rows are few, more programs count for more.
+    shared = table_rows is not None
+    block_t = max(1, min(MAX_BLOCK_T, triton.next_power_of_2(rows) // FILLING_ROWS)) if shared else 1
+    block_t = max(block_t, triton.next_power_of_2(rows_per_req)) if shared and rows_per_req else block_t
     half = q_index.dtype == torch.bfloat16
-    block_n, max_block_d = (64, 128) if half else (32, 16)
+    # float32 products are not done by tensor cores: their operands must fit the registers.
+    block_n, block_d = (128, max(16, triton.next_power_of_2(dim))) if half else (32, 16)
     for first in range(0, rows, step):
         chunk = slice(first, min(first + step, rows))
         count = chunk.stop - chunk.start
         # Without table_rows a row of the chunk reads the page table's row of the same number.
         table = page_table[chunk] if table_rows is None else page_table
-        _scores_kernel[(count, triton.cdiv(width, block_n))](
+        _scores_kernel[(triton.cdiv(count, block_t), triton.cdiv(width, block_n))](
             q_index[chunk],
             index_weights[chunk],
             index_k_buffer,
@@ -181,6 +219,7 @@ def select_topk(
             scores,
             first,
             rows_per_req or 1,
+            count,
             heads,
             dim,
             width,
@@ -189,10 +228,13 @@ def select_topk(
             index_weights.stride(0),
             index_k_buffer.stride(0),
             table.stride(0),
+            BLOCK_T=block_t,
             BLOCK_N=block_n,
             BLOCK_H=max(16, triton.next_power_of_2(heads)),
-            BLOCK_D=min(max_block_d, max(16, triton.next_power_of_2(dim))),
-            num_stages=1,
+            BLOCK_D=block_d,
+            WHOLE=block_d >= dim,
+            num_warps=SCORES_WARPS,
+            num_stages=3 if half else 1,
         )
         _topk_kernel[(count,)](
             scores,
@@ -206,7 +248,7 @@ def select_topk(
             table.stride(0),
             topk,
             padding_slot,
-            BLOCK=TOPK_BLOCK,
-            num_warps=8,
+            BLOCK=topk_block,
+            num_warps=topk_warps,
         )
     return slots

@@ -7,6 +7,8 @@ host, so the calls can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -14,11 +16,38 @@ import triton.language as tl
 TARGET_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 MIN_SPLIT = 128  # slots; a shorter split costs more to merge than it gains
 MAX_SPLITS = 16
+SCAN = 512  # slots looked at in one go for the last that counts
 LOG2_E = 1.4426950408889634
 
 
+@dataclass(frozen=True)
+class Tile:
+    """What one program works on, and how."""
+
+    heads: int
+    slots: int
+    latents: int  # a power of two
+    parts: int  # of the latents as values: a program mixes one of them, and scores with all
+    warps: int
+    stages: int
+
+    @classmethod
+    def choose(cls, heads: int, latent: int, dtype: torch.dtype) -> Tile:
+        """Measured on an H200 (docs/attention_backends.md)."""
+        latents = max(16, triton.next_power_of_2(latent))
+        if dtype != torch.bfloat16:  # not done by tensor cores: the operands must fit the registers
+            return cls(16, 16, latents, 1, 8 if latents >= 512 else 4, 1)
+        if latents < 512 or heads <= 16:
+            return cls(16 if heads <= 16 else 32, 32, latents, 1, 8 if latents >= 512 else 4, 2)
+        if heads <= 64 or latents > latent:
+            return cls(64, 64, latents, 1, 8, 2)
+        # A warpgroup's product has 64 rows. For two of them to share no row there must be 128 heads, whose
+        # sums over all latents do not fit the registers: so there are two programs, each with one half.
+        return cls(128, 64, latents, 2, 8, 1)
+
+
 # Not specialised on what changes with the number of rows: prefills must not compile anew for that.
-@triton.jit(do_not_specialize=["rows", "split_size"])
+@triton.jit(do_not_specialize=["rows", "topk", "split_size"])
 def _sparse_mla_kernel(
     q_nope,  # [T, H, C]
     q_rope,  # [T, H, R]
@@ -33,6 +62,7 @@ def _sparse_mla_kernel(
     rope,
     topk,
     split_size,
+    head_blocks,
     nope_stride_t,
     nope_stride_h,
     rope_stride_t,
@@ -40,17 +70,21 @@ def _sparse_mla_kernel(
     kv_stride,
     slots_stride,
     SPLIT: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # >= topk
+    SCAN: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One program: one row, BLOCK_H heads, one split of the row's slots."""
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(2)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    c = tl.arange(0, BLOCK_C)
+    """One program: one row, BLOCK_H heads, one split of its slots, one part of the latents as values."""
+    per_row = head_blocks * PARTS  # neighbours share the row's keys
+    row = (tl.program_id(0) // per_row).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    split = tl.program_id(1)
+    h = tl.program_id(0) % per_row // PARTS * BLOCK_H + tl.arange(0, BLOCK_H)
+    c = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    other_c = (1 - part) * BLOCK_C + tl.arange(0, BLOCK_C)
     r = tl.arange(0, BLOCK_R)
     in_h, in_c, in_r = h < heads, c < latent, r < rope
     topk_slots += row * slots_stride
@@ -58,13 +92,16 @@ def _sparse_mla_kernel(
     # Where the split's last slot is: what follows is not looked at.
     begin = split * split_size
     stop = tl.minimum(begin + split_size, topk)
-    candidates = tl.arange(0, BLOCK_S)
-    in_split = (candidates >= begin) & (candidates < stop)
-    used = tl.load(topk_slots + candidates, mask=in_split, other=-1) >= 0
-    end = tl.max(tl.where(used, candidates + 1, begin), axis=0)
+    end = begin
+    for start in range(begin, stop, SCAN):
+        candidates = start + tl.arange(0, SCAN)
+        used = tl.load(topk_slots + candidates, mask=candidates < stop, other=-1) >= 0
+        end = tl.maximum(end, tl.max(tl.where(used, candidates + 1, begin), axis=0))
 
-    q_c_at = q_nope + row * nope_stride_t + h[:, None] * nope_stride_h + c[None, :]
-    q_c = tl.load(q_c_at, mask=in_h[:, None] & in_c[None, :], other=0.0)
+    q_at = q_nope + row * nope_stride_t + h[:, None] * nope_stride_h
+    q_c = tl.load(q_at + c[None, :], mask=in_h[:, None] & in_c[None, :], other=0.0)
+    if PARTS == 2:
+        q_other = tl.load(q_at + other_c[None, :], mask=in_h[:, None], other=0.0)
     q_r_at = q_rope + row * rope_stride_t + h[:, None] * rope_stride_h + r[None, :]
     q_r = tl.load(q_r_at, mask=in_h[:, None] & in_r[None, :], other=0.0)
 
@@ -77,9 +114,13 @@ def _sparse_mla_kernel(
         live = slots >= 0
         kv_at = kv + slots[:, None] * kv_stride
         k_c = tl.load(kv_at + c[None, :], mask=live[:, None] & in_c[None, :], other=0.0)
+        if PARTS == 2:
+            k_other = tl.load(kv_at + other_c[None, :], mask=live[:, None], other=0.0)
         k_r = tl.load(kv_at + latent + r[None, :], mask=live[:, None] & in_r[None, :], other=0.0)
         scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
-        scores += tl.dot(q_r, tl.trans(k_r), input_precision="ieee")
+        if PARTS == 2:
+            scores = tl.dot(q_other, tl.trans(k_other), scores, input_precision="ieee")
+        scores = tl.dot(q_r, tl.trans(k_r), scores, input_precision="ieee")
         scores = tl.where(live[None, :], scores * scale_log2, float("-inf"))  # [H, N]
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
         # A block may hold no slot at all: exp2(-inf - -inf) must not become NaN.
@@ -87,7 +128,7 @@ def _sparse_mla_kernel(
         decay = tl.exp2(maximum - base)
         p = tl.exp2(scores - base[:, None])
         total = total * decay + tl.sum(p, axis=1)
-        mixed = mixed * decay[:, None] + tl.dot(p.to(k_c.dtype), k_c, input_precision="ieee")
+        mixed = tl.dot(p.to(k_c.dtype), k_c, mixed * decay[:, None], input_precision="ieee")
         maximum = new_maximum
 
     empty = total == 0.0
@@ -153,18 +194,14 @@ def sparse_mla(
     out = torch.empty((rows, heads, latent), dtype=q_nope.dtype, device=q_nope.device)
     if rows == 0 or topk == 0:
         return out.zero_()
-    # float32 products are not done by tensor cores: their operands must fit the registers.
-    half = q_nope.dtype == torch.bfloat16
-    block_h = 32 if half and heads > 16 else 16
-    block_c = max(16, triton.next_power_of_2(latent))
-    head_blocks = triton.cdiv(heads, block_h)
-    splits = choose_splits(rows, head_blocks, topk)
-    split_size = triton.cdiv(topk, splits)
+    tile = Tile.choose(heads, latent, q_nope.dtype)
+    head_blocks = triton.cdiv(heads, tile.heads)
+    splits = choose_splits(rows, head_blocks * tile.parts, topk)
     parts, log_sums = out, out
     if splits > 1:
         parts = torch.empty((splits, rows, heads, latent), dtype=torch.float32, device=out.device)
         log_sums = torch.empty((splits, rows, heads), dtype=torch.float32, device=out.device)
-    _sparse_mla_kernel[(rows, head_blocks, splits)](
+    _sparse_mla_kernel[(rows * head_blocks * tile.parts, splits)](
         q_nope,
         q_rope,
         kv_buffer,
@@ -177,7 +214,8 @@ def sparse_mla(
         latent,
         q_rope.shape[-1],
         topk,
-        split_size,
+        triton.cdiv(topk, splits),
+        head_blocks,
         q_nope.stride(0),
         q_nope.stride(1),
         q_rope.stride(0),
@@ -185,16 +223,47 @@ def sparse_mla(
         kv_buffer.stride(0),
         topk_slots.stride(0),
         SPLIT=splits > 1,
-        BLOCK_S=triton.next_power_of_2(topk),
-        BLOCK_H=block_h,
-        BLOCK_N=32 if half else 16,
-        BLOCK_C=block_c,
+        SCAN=SCAN,
+        PARTS=tile.parts,
+        BLOCK_H=tile.heads,
+        BLOCK_N=tile.slots,
+        BLOCK_C=tile.latents // tile.parts,
         BLOCK_R=max(16, triton.next_power_of_2(q_rope.shape[-1])),
-        num_warps=8 if block_c >= 512 else 4,
-        num_stages=2 if half else 1,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     if splits > 1:
         _merge_kernel[(rows * heads,)](
-            parts, log_sums, out, latent, splits, BLOCK_S=MAX_SPLITS, BLOCK_C=block_c, num_warps=4
+            parts, log_sums, out, latent, splits, BLOCK_S=MAX_SPLITS, BLOCK_C=tile.latents, num_warps=4
         )
     return out
+
+
+@triton.jit
+def _zero_dead_rows_kernel(
+    out, topk_slots, size, heads, stride_t, stride_h, slots_stride, BLOCK: tl.constexpr
+):
+    """One program: one row."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(topk_slots + row * slots_stride) < 0:
+        at = tl.arange(0, BLOCK)
+        for head in range(heads):
+            tl.store(out + row * stride_t + head * stride_h + at, 0.0, mask=at < size)
+
+
+def zero_dead_rows(out: torch.Tensor, topk_slots: torch.Tensor) -> None:
+    """Writes zeros into the rows of `out` [T, H, C] whose slots [T, topk] begin with none."""
+    rows, heads, size = out.shape
+    assert out.stride(2) == 1
+    if rows:
+        _zero_dead_rows_kernel[(rows,)](
+            out,
+            topk_slots,
+            size,
+            heads,
+            out.stride(0),
+            out.stride(1),
+            topk_slots.stride(0),
+            BLOCK=triton.next_power_of_2(size),
+            num_warps=1,
+        )
