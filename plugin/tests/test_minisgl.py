@@ -16,7 +16,6 @@ from sglang_nsa.minisgl.fields import ATTENTION, INPUTS, ReplayBuffers
 from sglang_nsa.minisgl.fused_replay import FusedReplay
 from sglang_nsa.minisgl.in_graph import InGraphReplay
 from sglang_nsa.minisgl.settings import Mode
-from sglang_nsa.nsa.metadata import Extent
 
 POISON = -7
 MOST_BS, WIDTH, REQUESTS = 16, 96, 12
@@ -71,7 +70,7 @@ def test_a_fused_replay_copies_what_the_six_copies_do(attention: bool) -> None:
         sources = dict(zip((f.name for f in buffers.fields), buffers.sources()(batch), strict=True))
         for field in buffers.fields:
             expected = torch.full_like(buffers.tensor(field), POISON)
-            live = (slice(bs), slice(width)) if field.extent is Extent.TABLE else (slice(bs + field.extra),)
+            live = (slice(bs), slice(width)) if field.is_table else (slice(bs + field.extra),)
             expected[live] = sources[field.name]
             assert torch.equal(buffers.tensor(field), expected), field.name
         assert bool((buffers.holder("attention").positions == POISON).all()) if attention else True

@@ -20,7 +20,12 @@ class ReplayInput:
     holder: str  # "runner": the graph runner's buffer; "attention": the decode backend's capture data
     buffer: str  # attribute of the holder
     source: str  # attribute path of a batch
+    generated: str  # what the kernels that generate it call it
     extent: Extent
+
+    @property
+    def is_table(self) -> bool:
+        return self.extent is Extent.PAGED_TABLE
 
     @property
     def extra(self) -> int:
@@ -29,16 +34,30 @@ class ReplayInput:
 
 
 INPUTS = (  # of every backend
-    ReplayInput("input_ids", "runner", "input_ids", "input_ids", Extent.REQS),
-    ReplayInput("out_loc", "runner", "out_loc", "out_loc", Extent.REQS),
-    ReplayInput("positions", "runner", "positions", "positions", Extent.REQS),
+    ReplayInput("input_ids", "runner", "input_ids", "input_ids", "input_ids", Extent.REQS),
+    ReplayInput("out_loc", "runner", "out_loc", "out_loc", "out_cache_loc", Extent.REQS),
+    ReplayInput("positions", "runner", "positions", "positions", "positions", Extent.REQS),
 )
 ATTENTION = (  # of FlashAttentionBackend; columns of the table count pages
     ReplayInput(
-        "cu_seqlens_k", "attention", "cu_seqlens_k", "attn_metadata.cu_seqlens_k", Extent.REQS_PREFIX
+        "cu_seqlens_k",
+        "attention",
+        "cu_seqlens_k",
+        "attn_metadata.cu_seqlens_k",
+        "cu_seqlens_k",
+        Extent.REQS_PREFIX,
     ),
-    ReplayInput("seq_lens", "attention", "seq_lens", "attn_metadata.cache_seqlens", Extent.REQS),
-    ReplayInput("page_table", "attention", "page_table", "attn_metadata.page_table", Extent.TABLE),
+    ReplayInput(
+        "seq_lens", "attention", "seq_lens", "attn_metadata.cache_seqlens", "cache_seqlens", Extent.REQS
+    ),
+    ReplayInput(
+        "page_table",
+        "attention",
+        "page_table",
+        "attn_metadata.page_table",
+        "real_page_table",
+        Extent.PAGED_TABLE,
+    ),
 )
 # What the holders have besides: outputs, what is constant, what no decode graph reads.
 KNOWN = {
@@ -67,6 +86,10 @@ class ReplayBuffers:
     def tensors(self) -> dict[str, torch.Tensor]:
         """By the name of the field."""
         return {field.name: self.tensor(field) for field in self.fields}
+
+    def generated(self, fields: tuple[ReplayInput, ...]) -> dict[str, torch.Tensor]:
+        """By the name that the kernels give them."""
+        return {field.generated: self.tensor(field) for field in fields}
 
     def sources(self) -> attrgetter:
         """Takes a batch, returns its new values in the order of the fields."""

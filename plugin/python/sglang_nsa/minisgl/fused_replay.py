@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..nsa.kernels import load_kernels
-from ..nsa.metadata import Extent
 from .fields import ReplayBuffers
 
 
@@ -26,7 +25,7 @@ class FusedReplay:
         )
         self._copy = kernels.bind_replay_copy(plan)
         self._sources = buffers.sources()
-        tables = [k for k, field in enumerate(buffers.fields) if field.extent is Extent.TABLE]
+        tables = [k for k, field in enumerate(buffers.fields) if field.is_table]
         self._table = tables[0] if tables else None
 
     def __call__(self, batch: Any) -> None:
@@ -89,8 +88,8 @@ def probe_batch(buffers: ReplayBuffers) -> Any:
         names = ("cu_seqlens_k", "cache_seqlens", "page_table")
         batch.attn_metadata = FAMetadata(**unused, **dict.fromkeys(names))
     for number, (field, tensor) in enumerate(zip(buffers.fields, buffers.tensors().values(), strict=True)):
-        cols = min(tensor.shape[-1], 7) if field.extent is Extent.TABLE else bs + field.extra
-        shape = (bs, cols) if field.extent is Extent.TABLE else (cols,)
+        cols = min(tensor.shape[-1], 7) if field.is_table else bs + field.extra
+        shape = (bs, cols) if field.is_table else (cols,)
         values = torch.arange(shape[0] * shape[-1] if len(shape) == 2 else cols, device=tensor.device)
         owner, _, name = field.source.rpartition(".")
         setattr(getattr(batch, owner) if owner else batch, name, _distinct(values, number, shape))

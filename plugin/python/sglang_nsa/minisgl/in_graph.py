@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..nsa.kernels import load_kernels
-from .fields import ReplayBuffers
+from .fields import ATTENTION, INPUTS, ReplayBuffers
 
 ROWS = 3  # of a packed batch: row in the tables, length, where the new token goes (-1: nowhere)
 NOTHING = slice(0, 0)  # takes no token out of the pool: the graph does
@@ -68,7 +68,6 @@ class InGraphReplay:
         rows[0] = self._dummy.table_idx
         rows[1] = 1
         rows[2] = -1
-        tensors = self.buffers.tensors()
         common = {
             "bs": bs,
             "seq_lens": rows[1],
@@ -76,21 +75,15 @@ class InGraphReplay:
             "req_to_token": self.page_table,
         }
         inputs = self.kernels.DecodeInputsPlan(
-            **common,
-            token_pool=self.token_pool,
-            input_ids=tensors["input_ids"],
-            out_cache_loc=tensors["out_loc"],
-            positions=tensors["positions"],
+            **common, token_pool=self.token_pool, **self.buffers.generated(INPUTS)
         )
         if self.buffers.attention is None:
             self._plans[bs] = (inputs,)
             return
-        table = "page_table_1" if self.page_size == 1 else "real_page_table"
-        destination = self.kernels.MetadataDestination(
-            cache_seqlens=tensors["seq_lens"],
-            cu_seqlens_k=tensors["cu_seqlens_k"],
-            **{table: tensors["page_table"]},
-        )
+        tensors = self.buffers.generated(ATTENTION)
+        if self.page_size == 1:  # the same values, without a division
+            tensors["page_table_1"] = tensors.pop("real_page_table")
+        destination = self.kernels.MetadataDestination(**tensors)
         metadata = self.kernels.NSAMetadataGeneratePlan(
             **common, mode=0, destinations=[destination], page_size=self.page_size, topk=1
         )
