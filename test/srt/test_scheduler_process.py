@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import multiprocessing
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import zmq
+from sglang.srt.entrypoints import scheduler_process
+from sglang.srt.entrypoints.scheduler_process import SchedulerProcess
 from sglang.srt.managers.heartbeat import HeartbeatSender
 from sglang.srt.managers.io_struct import (
     BatchOutput,
@@ -30,6 +34,7 @@ from sglang.srt.managers.scheduler_link import ParentDied, ZmqLink
 from sglang.srt.managers.scheduler_runner import run_scheduler_process
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
+from stubborn_scheduler import run_catching, run_deaf
 
 TIMEOUT_MS = 60_000
 
@@ -192,3 +197,27 @@ def test_ends_when_its_parent_died(
             ServerArgs(model_path=str(dummy_model), device="cpu", max_total_tokens=1024), ports
         )
     assert ended.value.code == 1
+
+
+@pytest.mark.parametrize(("main", "code"), [(run_catching, 0), (run_deaf, -9)])
+def test_a_scheduler_that_does_not_end(
+    main: Callable[[Path, None], None],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Bug: asked once, it was killed after 10 s, and nothing said where it had stood."""
+    monkeypatch.setattr(scheduler_process, "_scheduler_main", main)
+    monkeypatch.setattr(scheduler_process, "ASK_AGAIN", 0.3)
+    if code:
+        monkeypatch.setattr(scheduler_process, "STOP_TIMEOUT", 0.5)
+    process = SchedulerProcess(tmp_path / "ready", None)
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.stop()
+    assert asyncio.run(process.wait()) == code
+    assert ("in does_not_end" in capfd.readouterr().err) == (code != 0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from multiprocessing import resource_tracker
 from types import FrameType
 
@@ -19,7 +21,9 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 logger = logging.getLogger(__name__)
 
 END_SIGNAL = signal.SIGUSR1  # from the parent
+STACK_SIGNAL = signal.SIGUSR2  # writes where each thread stands to stderr
 STOP_TIMEOUT = 10.0  # seconds before a process that was asked to end is killed
+ASK_AGAIN = 2.0  # seconds
 
 
 class SchedulerProcess:
@@ -60,20 +64,35 @@ class SchedulerProcess:
         return self._process.exitcode
 
     def stop(self) -> None:
-        """Ends the process, gently first."""
+        """Ends the process, gently first. One that is late says where it stands, and is killed."""
         if self._process.pid is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, END_SIGNAL)
-        self._process.join(STOP_TIMEOUT)
-        if self._process.is_alive():
+        deadline = time.monotonic() + STOP_TIMEOUT
+        while self.is_alive() and (left := deadline - time.monotonic()) > 0:
+            self._send(END_SIGNAL)  # again, since a library may have caught what the first one raised
+            self._process.join(min(left, ASK_AGAIN))
+        if self.is_alive():
             logger.warning("the scheduler (pid %d) did not end in %.0f s: killing it", self.pid, STOP_TIMEOUT)
+            self._send(STACK_SIGNAL)
+            self._process.join(0.5)
             self._process.kill()
-            self._process.join()
+        self._process.join()
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
 
 def _scheduler_main(server_args: ServerArgs, port_args: PortArgs) -> None:
     signal.signal(END_SIGNAL, _end)
+    faulthandler.register(STACK_SIGNAL)  # answers also while the interpreter waits for a library
+    try:
+        _load_and_run(server_args, port_args)
+    finally:  # asked once more, it would only be torn out of its clean-up
+        signal.signal(END_SIGNAL, signal.SIG_IGN)
+
+
+def _load_and_run(server_args: ServerArgs, port_args: PortArgs) -> None:
     configure_logging(server_args.log_level, "scheduler")
     threading.Thread(target=_end_with_parent, args=(port_args,), name="parent-watch", daemon=True).start()
     envs.validate()
@@ -81,10 +100,7 @@ def _scheduler_main(server_args: ServerArgs, port_args: PortArgs) -> None:
 
     if server_args.device == "cpu":
         _leave_a_core()
-    try:
-        run_scheduler_process(server_args, port_args)
-    finally:  # it ends: asked once more, it would only be torn out of its clean-up
-        signal.signal(END_SIGNAL, signal.SIG_IGN)
+    run_scheduler_process(server_args, port_args)
 
 
 def _leave_a_core() -> None:
@@ -98,7 +114,6 @@ def _leave_a_core() -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     """Unwinds, so that what the libraries hold (semaphores, temporary files) is given back."""
-    signal.signal(number, signal.SIG_IGN)
     raise SystemExit(0)
 
 
