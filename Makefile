@@ -3,7 +3,7 @@
 # make test-page  the page at GET / in a real browser, where Chromium and its driver are installed
 # make test-wheels  the two wheels, installed with pip alone, serve with the compiled kernels
 # make test-plugin  the plugin beside released SGLangs, on the CPU (RELEASES=all: beside each)
-# make setup      only set up: .venv with the pinned dependencies, and the kernel library
+# make setup      only set up: .venv with the pinned dependencies, the kernel library, and libraries for a GPU that is seen
 
 PYTHON ?= python3
 VENV   := .venv
@@ -39,7 +39,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.kernels
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[bench,dev]"
 	touch $@
 
-setup: $(VENV)/.kernels $(VENV)/.installed
+# The extra `gpu`, where an NVIDIA GPU is seen (GPU=0: not). sgl-flash-mla names the newest torch as its dependency, while
+# its library needs no more than torch's stable ABI, which 2.10 has: so it comes without dependencies.
+GPU ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+$(VENV)/.gpu: pyproject.toml constraints.txt | $(VENV)/.installed
+	@echo "== installing kernels for the GPU: FlashInfer, FlashMLA, DeepGEMM"
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt flashinfer-python sgl-deep-gemm
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt --no-deps sgl-flash-mla
+	touch $@
+
+setup: $(VENV)/.kernels $(VENV)/.installed $(if $(filter-out 0,$(GPU)),$(VENV)/.gpu)
 
 serve: setup
 	SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA=1 exec $(BIN)/python -m sglang.launch_server \

@@ -100,6 +100,15 @@ def test_auto_on_cuda_says_why_not_flashmla(
     assert f"decode: auto chose torch; not flashmla_sparse: FlashMLA needs {name}" in caplog.text
 
 
+def test_a_flashmla_that_does_not_run_on_the_device_is_an_import_error() -> None:
+    def sparse_fwd(*_: object) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    attention = FlashMLASparse(DEEPSEEK, FlashMLALibrary("a test", sparse_fwd))
+    with pytest.raises(ImportError, match="a test does not run on cpu: no kernel image"):
+        attention.check_runs(CPU)
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_sgl_flash_mla_is_asked_for_the_kernels_of_v32(legacy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, use_legacy=False, return_log2_lse=None):

@@ -80,6 +80,8 @@ def _flashmla_sparse_ops(dims: AttentionDims | None, device: torch.device) -> Sp
     from sglang.srt.layers.attention.sparse_mla_flashmla import FlashMLASparse
 
     attention = FlashMLASparse(dims)
+    if torch.cuda.is_available():
+        attention.check_runs(device)
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
 
     return SparseAttentionOps("flashmla_sparse", select_topk, _without_state(attention.sparse_mla))

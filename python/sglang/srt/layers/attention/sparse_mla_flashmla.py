@@ -76,6 +76,16 @@ class FlashMLASparse:
         self.library = library or load_flashmla()
         logger.info("FlashMLA from %s", self.library.source)
 
+    def check_runs(self, device: torch.device) -> None:
+        """Raises ImportError where the kernel does not run on the device."""
+        q = torch.zeros((1, self.heads, LATENT + ROPE), dtype=torch.bfloat16, device=device)
+        slots = torch.zeros((1, TOPK_MULTIPLE), dtype=torch.int32, device=device)
+        try:
+            self.sparse_mla(q[..., :LATENT], q[..., LATENT:], q[0], slots, 1.0)
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise ImportError(f"{self.library.source} does not run on {device}: {error}") from error
+
     def sparse_mla(
         self,
         q_nope: torch.Tensor,  # [T, H, 512], bfloat16
