@@ -82,7 +82,8 @@ def test_auto_on_cuda_takes_flashmla_for_many_rows(
     with caplog.at_level(logging.INFO, registry.__name__):
         ops = select_attention_ops("auto", CUDA, "prefill", dims)
     assert f"prefill: auto chose flashmla_sparse from {FILLING_ROWS} rows, torch below" in caplog.text
-    assert ops.prepare is None and ops.padding_slot == -1
+    assert ops.padding_slot == -1 and not ops.fixed_topk
+    assert ops.reads == IMPLEMENTATIONS["flashmla_sparse"].reads
     for rows in (1, FILLING_ROWS - 1, FILLING_ROWS, FILLING_ROWS + 1):
         q_nope, q_rope, kv, slots = random_inputs(rows, 8, 128)
         out = ops.sparse_mla(q_nope, q_rope, kv, slots, 0.1, NO_STATE)
@@ -100,6 +101,27 @@ def test_auto_on_cuda_says_why_not_flashmla(
     assert f"decode: auto chose torch; not flashmla_sparse: FlashMLA needs {name}" in caplog.text
 
 
+@pytest.mark.parametrize("takes_lengths", [True, False])
+def test_flashmla_gets_the_rows_lengths_where_it_takes_them(takes_lengths: bool) -> None:
+    """The lengths are the metadata's own tensor: what a graph refreshes is what the kernel reads."""
+    seen = []
+
+    def sparse_fwd(q, kv, indices, scale, latent, **lengths):
+        seen.append(lengths)
+        return [sparse_mla(q[..., :latent], q[..., latent:], kv[:, 0], indices[:, 0], scale)]
+
+    dims = replace(DEEPSEEK, num_attention_heads=8, index_topk=128)
+    attention = FlashMLASparse(dims, FlashMLALibrary("a test", sparse_fwd, takes_lengths=takes_lengths))
+    metadata = SimpleNamespace(nsa_cache_seqlens_int32=torch.tensor([0, 1, 42, 128, 0], dtype=torch.int32))
+    q_nope, q_rope, kv, slots = random_inputs(5, 8, 128)
+    attention.sparse_mla(q_nope, q_rope, kv, slots, 0.1, attention.prepare(metadata))
+    (lengths,) = seen
+    if takes_lengths:
+        assert lengths["topk_length"] is metadata.nsa_cache_seqlens_int32
+    else:
+        assert not lengths
+
+
 def test_a_flashmla_that_does_not_run_on_the_device_is_an_import_error() -> None:
     def sparse_fwd(*_: object) -> None:
         raise RuntimeError("no kernel image is available")
@@ -111,8 +133,10 @@ def test_a_flashmla_that_does_not_run_on_the_device_is_an_import_error() -> None
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_sgl_flash_mla_is_asked_for_the_kernels_of_v32(legacy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, use_legacy=False, return_log2_lse=None):
-        return use_legacy, return_log2_lse
+    def flash_mla_sparse_fwd(
+        q, kv, indices, sm_scale, d_v=512, topk_length=None, use_legacy=False, return_log2_lse=None
+    ):
+        return topk_length, use_legacy, return_log2_lse
 
     module = SimpleNamespace(
         flash_mla_sparse_fwd=flash_mla_sparse_fwd, has_legacy=lambda: legacy, __version__="1.0.0"
@@ -120,8 +144,8 @@ def test_sgl_flash_mla_is_asked_for_the_kernels_of_v32(legacy: bool, monkeypatch
     monkeypatch.setitem(sys.modules, "flash_mla", module)
     if legacy:
         library = flashmla._from_module("flash_mla")
-        assert library.source == "flash_mla 1.0.0"
-        assert library.sparse_fwd(None, None, None, 0.1, 512) == (True, False)
+        assert library.source == "flash_mla 1.0.0" and library.takes_lengths
+        assert library.sparse_fwd(None, None, None, 0.1, 512, topk_length=3) == (3, True, False)
     else:
         with pytest.raises(ImportError, match=r"1\.0\.0 was built without the kernels of DeepSeek-V3.2"):
             flashmla._from_module("flash_mla")
@@ -199,7 +223,7 @@ def carries_flashmla() -> bool:
 
 @pytest.mark.skipif(carries_flashmla(), reason="FlashMLA is installed")
 def test_flashmla_missing_or_unloadable_is_an_import_error(empty_site: Path) -> None:
-    with pytest.raises(ImportError, match=r"sglang-kernel: not installed.*flash_mla: No module named"):
+    with pytest.raises(ImportError, match=r"flash_mla: No module named.*sglang-kernel: not installed"):
         load_flashmla()
     install(empty_site, "sgl-kernel", "0.1.0", ("sgl_kernel_x/other.so",))
     with pytest.raises(ImportError, match=r"sgl-kernel: version 0\.1\.0 carries no flashmla_ops"):

@@ -34,16 +34,23 @@ class FlashMLALibrary:
     # Attends over an FP8 cache: (q [T, 1, H, 576], kv [blocks, 64, 1, 656], 512, lens, block table [T, 0],
     # scale, causal, metadata, splits, is_fp8, indices [T, 1, topk]) -> [out [T, 1, H, 512], ...]
     decode: Callable[..., Sequence[torch.Tensor]] | None = None
+    takes_lengths: bool = False  # `sparse_fwd` has topk_length [T], int32: looks at no slot beyond
 
 
 @functools.cache
-def load_flashmla() -> FlashMLALibrary:
-    """The first library found. Raises ImportError with what was looked for and why each was no good."""
+def load_flashmla(with_decode: bool = False) -> FlashMLALibrary:
+    """The first library found, the newer packages first; `with_decode`: the first that has its decode kernel.
+
+    Raises ImportError with what was looked for and why each was no good.
+    """
     reasons = []
-    for find, names in ((_from_distribution, OPERATOR_DISTRIBUTIONS), (_from_module, MODULES)):
+    for find, names in ((_from_module, MODULES), (_from_distribution, OPERATOR_DISTRIBUTIONS)):
         for name in names:
             try:
-                return find(name)
+                library = find(name)
+                if not with_decode or library.decode is not None:
+                    return library
+                reasons.append(f"{name}: no decode kernel with the arguments of sgl-kernel")
             except (ImportError, OSError, AttributeError) as error:
                 because = f" ({error.__cause__})" if isinstance(error.__cause__, OSError) else ""
                 reasons.append(f"{name}: {error}{because}")
@@ -62,11 +69,13 @@ def _from_distribution(name: str) -> FlashMLALibrary:
         raise ImportError(f"version {distribution.version} carries no flashmla_ops")
     torch.ops.load_library(str(paths[0]))
     operators = torch.ops.sgl_kernel
+    sparse_fwd = operators.sparse_prefill_fwd.default
     return FlashMLALibrary(
         f"{name} {distribution.version}",
-        operators.sparse_prefill_fwd.default,
+        sparse_fwd,
         operators.get_mla_decoding_metadata.default,
         operators.fwd_kvcache_mla.default,
+        any(argument.name == "topk_length" for argument in sparse_fwd._schema.arguments),
     )
 
 
@@ -74,10 +83,13 @@ def _from_module(name: str) -> FlashMLALibrary:
     """A package of its own, whose decode has changed its arguments too often to rely on."""
     module = importlib.import_module(name)
     sparse_fwd = module.flash_mla_sparse_fwd
-    if "use_legacy" not in inspect.signature(sparse_fwd).parameters:
-        return FlashMLALibrary(name, sparse_fwd)
+    parameters = inspect.signature(sparse_fwd).parameters
+    takes_lengths = "topk_length" in parameters
+    if "use_legacy" not in parameters:
+        return FlashMLALibrary(name, sparse_fwd, takes_lengths=takes_lengths)
     # SGLang's fork keeps the kernels for keys of 576 dimensions, and all of Hopper's, apart.
     if not module.has_legacy():
         raise ImportError(f"version {module.__version__} was built without the kernels of DeepSeek-V3.2")
     without_statistics = functools.partial(sparse_fwd, use_legacy=True, return_log2_lse=False)
-    return FlashMLALibrary(f"{name} {module.__version__}", without_statistics)
+    source = f"{name} {module.__version__}"
+    return FlashMLALibrary(source, without_statistics, takes_lengths=takes_lengths)

@@ -54,6 +54,7 @@ class RaggedMetadata:
 
     slot_table: SlotTable
     nsa_seqlens_expanded: torch.Tensor  # [T], int32: keys visible to each row
+    nsa_cache_seqlens_int32: torch.Tensor  # [T], int32: of these, keys that are attended to
     width: int  # the longest sequence
     reader: ReaderState = NO_STATE
 
@@ -142,7 +143,7 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
         lengths, table = metadata.nsa_seqlens_expanded, metadata.slot_table
         topk = self.config.topk
         # The host knows a prefill's longest sequence: nobody looks at slots that cannot be.
-        if ragged and ops.prepare is None:
+        if ragged and not ops.fixed_topk:
             topk = min(topk, -(-metadata.width // TOPK_MULTIPLE) * TOPK_MULTIPLE)
         slots = ops.select_topk(
             inputs.q_index,
@@ -223,9 +224,11 @@ def _ragged_metadata(config: NSAConfig, forward_batch: ForwardBatch) -> RaggedMe
     requests = torch.repeat_interleave(
         forward_batch.req_pool_indices, rows, output_size=forward_batch.input_ids.shape[0]
     )  # [T]
+    seqlens = (forward_batch.positions + 1).to(torch.int32)
     metadata = RaggedMetadata(
         slot_table=SlotTable(forward_batch.req_to_token_pool.req_to_token, requests),
-        nsa_seqlens_expanded=(forward_batch.positions + 1).to(torch.int32),
+        nsa_seqlens_expanded=seqlens,
+        nsa_cache_seqlens_int32=seqlens.clamp(max=config.topk),
         width=max(forward_batch.seq_lens_cpu, default=0),
     )
     prepare = config.prefill_ops.prepare

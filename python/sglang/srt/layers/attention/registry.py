@@ -34,6 +34,7 @@ class SparseAttentionOps:
     padding_slot: int = -1  # what `sparse_mla` takes beyond a row's slots
     reads: frozenset[str] = SELECTION_READS  # fields of the metadata
     dense_mla: Callable[..., torch.Tensor] | None = None  # of rows that attend to all: `nsa/dense_mla.py`
+    fixed_topk: bool = False  # the state is made for rows of index_topk slots, and no fewer
 
 
 def _without_state(sparse_mla: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -84,7 +85,7 @@ def _flashmla_sparse_ops(dims: AttentionDims | None, device: torch.device) -> Sp
         attention.check_runs(device)
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
 
-    return SparseAttentionOps("flashmla_sparse", select_topk, _without_state(attention.sparse_mla))
+    return SparseAttentionOps("flashmla_sparse", select_topk, attention.sparse_mla, attention.prepare)
 
 
 def _flashmla_kv_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
@@ -93,7 +94,9 @@ def _flashmla_kv_ops(dims: AttentionDims | None, device: torch.device) -> Sparse
     attention = FlashMLAKV(dims, device)
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
 
-    return SparseAttentionOps("flashmla_kv", select_topk, attention.sparse_mla, attention.prepare)
+    return SparseAttentionOps(
+        "flashmla_kv", select_topk, attention.sparse_mla, attention.prepare, fixed_topk=True
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "flashinfer": Implementation(
         _flashinfer_ops, SELECTION_READS | {"nsa_cache_seqlens_int32"}, of_library=True, prefill=False
     ),
-    "flashmla_sparse": Implementation(_flashmla_sparse_ops, of_library=True),
+    "flashmla_sparse": Implementation(
+        _flashmla_sparse_ops, SELECTION_READS | {"nsa_cache_seqlens_int32"}, of_library=True
+    ),
     "flashmla_kv": Implementation(
         _flashmla_kv_ops,
         SELECTION_READS | {"flashmla_metadata.flashmla_metadata", "flashmla_metadata.num_splits"},
@@ -136,13 +141,13 @@ FILLING_ROWS = 32
 
 def _by_rows(few: SparseAttentionOps, many: SparseAttentionOps, rows: int) -> SparseAttentionOps:
     """`many` for passes of at least so many rows, which is known when a graph is captured, else `few`."""
-    assert few.prepare is many.prepare is None and few.padding_slot == many.padding_slot
+    assert few.prepare is None and few.padding_slot == many.padding_slot
 
     def attend(q_nope: torch.Tensor, *inputs: Any) -> torch.Tensor:
         return (many if q_nope.shape[0] >= rows else few).sparse_mla(q_nope, *inputs)
 
     name = f"{many.name} from {rows} rows, {few.name} below"
-    return replace(few, name=name, sparse_mla=attend, reads=few.reads | many.reads)
+    return replace(many, name=name, sparse_mla=attend, reads=few.reads | many.reads)
 
 
 def _auto_ops(device: torch.device, role: str, dims: AttentionDims | None) -> SparseAttentionOps:

@@ -76,6 +76,13 @@ class FlashMLASparse:
         self.library = library or load_flashmla()
         logger.info("FlashMLA from %s", self.library.source)
 
+    def prepare(self, metadata: NSAMetadata) -> ReaderState:
+        """How many slots each row has, where the library then leaves the others alone."""
+        if not self.library.takes_lengths:
+            return NO_STATE
+        lengths = metadata.nsa_cache_seqlens_int32  # [T], int32; of a graph: refreshed at every replay
+        return ReaderState(library=lengths)
+
     def check_runs(self, device: torch.device) -> None:
         """Raises ImportError where the kernel does not run on the device."""
         q = torch.zeros((1, self.heads, LATENT + ROPE), dtype=torch.bfloat16, device=device)
@@ -93,17 +100,20 @@ class FlashMLASparse:
         kv_buffer: torch.Tensor,  # [slots, 576]
         topk_slots: torch.Tensor,  # [T, topk], int32: those that count first, then -1, as FlashMLA wants
         softmax_scale: float,
+        reader: ReaderState = NO_STATE,
     ) -> torch.Tensor:
         """As `sparse_mla.sparse_mla`: mixed latents [T, H, 512]; zeros for a row without any slot."""
         rows, heads, _ = q_nope.shape
         if rows == 0:
             return torch.zeros_like(q_nope)
+        lengths = {} if reader.library is None else {"topk_length": reader.library}
         out = self.library.sparse_fwd(
             padded_query(q_nope, q_rope, self.heads),
             kv_buffer[:, None],
             topk_slots[:, None],
             softmax_scale,
             LATENT,
+            **lengths,
         )[0]
         return zero_dead_rows(out[:, :heads], topk_slots)
 
@@ -119,7 +129,7 @@ class FlashMLAKV:
     ) -> None:
         self.heads = padded_heads(dims)
         self.topk, self.device = dims.index_topk, device
-        self.library = library or load_flashmla()
+        self.library = library or load_flashmla(with_decode=True)
         if self.library.decode is None:
             raise ImportError(f"{self.library.source} has no decode kernel with the arguments of sgl-kernel")
         self.rows_state = functools.lru_cache(maxsize=STATES_KEPT)(self._rows_state)
