@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .fields import MetadataForm
+from .fields import MetadataForm, tensor_fields
 from .nsa.metadata import as_precomputed
 from .nsa.metadata_check import MetadataDifference, MetadataMismatchError, first_difference
 from .own_path import Shadow
@@ -28,26 +30,44 @@ def difference(
     first = first_difference(as_precomputed(form.view(expected)), view, backend)
     if first is not None:
         return replace(first, field=form.name(first.field))
-    for name in form.besides(expected):
-        value, other = getattr(expected, name), getattr(found, name)
-        if name == "flashmla_metadata":
-            value, other = value.num_splits, other.num_splits
-        if not isinstance(value, torch.Tensor):
-            continue
+    for name, value, other in _tensors_besides(form, expected, found):
         if view.cache_seqlens_int32 is None and other.data_ptr() == apart_from.data_ptr():
             continue
-        if name == "topk_v2_plan":
+        if name.endswith("topk_v2_plan"):
             if found.cache_seqlens_int32.shape[0] <= _TOPK_PLAN_ROWS:
                 continue
             value, other = _topk_items(value), _topk_items(other)
-        if value.shape != other.shape:
-            return MetadataDifference(name, backend, 0, None, value.shape[0], other.shape[0])
-        wrong = value.reshape(value.shape[0], -1) != other.reshape(value.shape[0], -1)
-        if wrong.any():
-            row, column = wrong.nonzero()[0].tolist()
-            pair = (int(tensor.reshape(value.shape[0], -1)[row, column]) for tensor in (value, other))
-            return MetadataDifference(name, backend, row, column if value.dim() > 1 else None, *pair)
+        wrong = _unequal(name, value, other, backend)
+        if wrong is not None:
+            return wrong
     return None
+
+
+def _tensors_besides(
+    form: MetadataForm, expected: Any, found: Any
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, expected, found) of what the generator does not write, groups of tensors taken apart."""
+    for name in form.besides(expected):
+        value, other = getattr(expected, name), getattr(found, name)
+        if isinstance(value, torch.Tensor):
+            yield name, value, other
+        elif name == "flashmla_metadata":
+            yield name, value.num_splits, other.num_splits
+        elif dataclasses.is_dataclass(value):
+            for inner, tensor in tensor_fields(value):
+                if isinstance(tensor, torch.Tensor):
+                    yield f"{name}.{inner}", tensor, getattr(other, inner)
+
+
+def _unequal(name: str, value: torch.Tensor, other: torch.Tensor, backend: int) -> MetadataDifference | None:
+    if value.shape != other.shape:
+        return MetadataDifference(name, backend, 0, None, value.shape[0], other.shape[0])
+    wrong = value.reshape(value.shape[0], -1) != other.reshape(value.shape[0], -1)
+    if not wrong.any():
+        return None
+    row, column = wrong.nonzero()[0].tolist()
+    pair = (int(tensor.reshape(value.shape[0], -1)[row, column]) for tensor in (value, other))
+    return MetadataDifference(name, backend, row, column if value.dim() > 1 else None, *pair)
 
 
 def _topk_items(plan: torch.Tensor) -> torch.Tensor:
