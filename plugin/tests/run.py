@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -104,7 +105,11 @@ def main() -> int:
     releases, _, rest = " ".join(sys.argv[1:]).partition("--")
     wanted = ALL_RELEASES.split() if releases.split() == ["all"] else releases.split()
     FOLDER.mkdir(exist_ok=True)
-    install_plugin()
+    with ThreadPoolExecutor(1) as pool:  # the compiler works while the first releases are fetched
+        installing = pool.submit(install_plugin)
+        for release in wanted[:2]:
+            set_up(release)
+        installing.result()
     failed = []
     for i in range(0, len(wanted), 2):  # two at a time
         started = time.monotonic()
