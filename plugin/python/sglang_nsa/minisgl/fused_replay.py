@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
-
-import torch
 
 from ..nsa.kernels import load_kernels
 from .fields import ReplayBuffers
@@ -44,57 +41,3 @@ class FusedReplay:
 
 def _leave_to_the_backend(batch: Any) -> None:
     """prepare_for_replay comes next, and copies what copy_from would, too."""
-
-
-def differing(buffers: ReplayBuffers, replay: FusedReplay) -> list[str]:
-    """Fields in which mini-sglang's own copies and ours leave something else, on a probe batch; everything is
-    as it was afterwards. Reads the device: for start-up."""
-    tensors = [buffers.holder(kind) for kind in dict.fromkeys(f.holder for f in buffers.fields)]
-    tensors = {
-        f"{type(holder).__name__}.{name}": value
-        for holder in tensors
-        for name, value in vars(holder).items()
-        if isinstance(value, torch.Tensor) and name != "logits"
-    }
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    batch = probe_batch(buffers)
-    results = []
-    for copy in (_own_copies(buffers), replay):
-        copy(batch)
-        results.append({name: tensor.clone() for name, tensor in tensors.items()})
-        for name, tensor in tensors.items():
-            tensor.copy_(before[name])
-    return [name for name in tensors if not torch.equal(results[0][name], results[1][name])]
-
-
-def _own_copies(buffers: ReplayBuffers) -> Any:
-    def copy(batch: Any) -> None:
-        type(buffers.runner.buffer).copy_from(buffers.runner.buffer, batch)
-        if buffers.attention is not None:
-            type(buffers.attention).prepare_for_replay(buffers.attention, batch)
-
-    return copy
-
-
-def probe_batch(buffers: ReplayBuffers) -> Any:
-    """A batch of the largest captured size, with values that no buffer holds."""
-    bs = max(buffers.runner.graph_bs_list)
-    reqs = [None] * bs
-    batch: Any = SimpleNamespace(reqs=reqs, padded_reqs=reqs, size=bs, padded_size=bs)
-    if buffers.attention is not None:
-        from minisgl.attention.fa import FAMetadata
-
-        unused = {"cu_seqlens_q": None, "max_seqlen_k": 1, "max_seqlen_q": 1}
-        names = ("cu_seqlens_k", "cache_seqlens", "page_table")
-        batch.attn_metadata = FAMetadata(**unused, **dict.fromkeys(names))
-    for number, (field, tensor) in enumerate(zip(buffers.fields, buffers.tensors().values(), strict=True)):
-        cols = min(tensor.shape[-1], 7) if field.is_table else bs + field.extra
-        shape = (bs, cols) if field.is_table else (cols,)
-        values = torch.arange(shape[0] * shape[-1] if len(shape) == 2 else cols, device=tensor.device)
-        owner, _, name = field.source.rpartition(".")
-        setattr(getattr(batch, owner) if owner else batch, name, _distinct(values, number, shape))
-    return batch
-
-
-def _distinct(values: torch.Tensor, number: int, shape: tuple[int, ...]) -> torch.Tensor:
-    return (values + 1_000_000 * (number + 1)).to(torch.int32).view(shape)

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..nsa.kernels import load_kernels
 from .fields import ReplayBuffers
-from .fused_replay import FusedReplay, differing
+from .fused_replay import FusedReplay
 from .in_graph import NOTHING, InGraphReplay
 from .settings import VARIABLE, Mode
+from .trial import differing
 
 _INSTALLED = "_sglang_nsa_mode"  # on GraphRunner, once it is wrapped
 _REPLAY = "_sglang_nsa_replay"  # on a graph runner: its InGraphReplay
