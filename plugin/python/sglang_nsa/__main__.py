@@ -51,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
             if not options.json:
                 print(f"{kind}, {decode if kind == 'nsa' else 'chain drafts'}, page size {sizes.page_size}")
                 print_table(found)
-            rows += [{"backend": kind, "decode": decode, "page_size": sizes.page_size} | row for row in found]
+            case = {"backend": kind, "page_size": sizes.page_size}
+            case |= {"decode": decode} if kind == "nsa" else {}
+            rows += [case | row for row in found]
     if options.json:
         print(json.dumps(rows))
     if options.out:
