@@ -2,7 +2,7 @@
 
     python plugin/tests/gpu/minisgl_check.py PART... --out FOLDER
 
-Parts: tokens, copies, steps, steps-fi, servers, servers-tp2.
+Parts: tokens, copies, steps, steps-fi, servers, servers-tp2, tokens-and-servers.
 
 Needs mini-sglang's `python/` folder, the plugin's wheel unpacked and minisgl_stand_in/ on PYTHONPATH. MODEL
 is a folder with a tokenizer and a config; weights are random. Each LLM and server is a process of its own.
@@ -26,7 +26,7 @@ from typing import Any
 
 from minisgl_llm import CASES
 
-MODES = ("0", "1", "in_graph")
+RUNS = ("0", "1", "in_graph", "0 again")  # modes; the last shows what varies by itself
 VARIABLE = "MINISGL_USE_FUSED_COPY"
 
 
@@ -74,22 +74,15 @@ class Check:
 
     def tokens(self) -> None:
         """Nothing is timed here: several at a time."""
-        with ThreadPoolExecutor(4) as pool:
-            running = {
-                (case, mode): pool.submit(
-                    self.child,
-                    "tokens",
-                    mode,
-                    case,
-                    self.model,
-                    f"tokens_{number}_{mode}",
-                    number,
-                )
-                for number, case in enumerate(CASES)
-                for mode in MODES
-            }
+        with ThreadPoolExecutor(8) as pool:
+            running = {}
+            for number, case in enumerate(CASES):
+                for run in RUNS:
+                    name = f"tokens_{number}_{run.replace(' ', '_')}"
+                    arguments = ("tokens", run.split()[0], case, self.model, name, number)
+                    running[case, run] = pool.submit(self.child, *arguments)
             for case in CASES:
-                results = {mode: running[case, mode].result() for mode in MODES}
+                results = {run: running[case, run].result() for run in RUNS}
                 self.compare(f"tokens, {case}", results)
 
     def compare(self, title: str, results: dict[str, Any], exact: bool = True) -> None:
@@ -113,32 +106,36 @@ class Check:
                 f"{row['launches']:>3} launches {row['host_us']:8.2f} us"
             )
 
-    def steps(self, backend: str = "fa", turns: int = 1) -> None:
+    def steps(self, backend: str = "fa") -> None:
         short = backend.replace(",", "_")
-        for turn, mode in ((turn, mode) for turn in range(turns) for mode in MODES):
-            rows = self.child("steps", mode, backend, self.large, f"steps_{short}_{mode}_{turn}")
+        for mode in ("1", "in_graph"):
+            rows = self.child("steps", mode, backend, self.large, f"steps_{short}_{mode}")
             for row in rows or ():
                 self.say(
-                    f"steps {backend:<5} turn {turn} mode {mode:<8} bs {row['bs']:>3}: "
+                    f"steps {backend:<5} mode {row['mode']:<8} bs {row['bs']:>3}: "
                     f"enqueues {row['enqueues_per_step']:5.1f}, "
                     f"prepare {row['_prepare_batch']:7.1f}, replay {row['replay']:7.1f}, "
                     f"forward {row['_forward']:7.1f}, step {row['step']:8.1f} us"
                 )
 
     def servers(self, tp: int = 1) -> None:
-        """Requests at once meet other batches in every run, and so other roundings: beside the modes stands a
-        second server of mode 0."""
-        runs = (*MODES, "0 again")
+        """Requests at once meet other batches in every run, and so other roundings."""
         # With one rank each all at once; ranks compare their free memory when they start.
-        with ThreadPoolExecutor(len(runs) if tp == 1 else 1) as pool:
-            results = dict(zip(runs, pool.map(lambda run: self.serve(run, tp), runs)))
+        with ThreadPoolExecutor(len(RUNS) if tp == 1 else 1) as pool:
+            results = dict(zip(RUNS, pool.map(lambda run: self.serve(run, tp), RUNS)))
         for part, title in enumerate(("one after the other", "240 at once")):
             found = {m: r and [r[part]] for m, r in results.items()}
             self.compare(f"server, tp {tp}, {title}", found, exact=part == 0)
 
+    def tokens_and_servers(self) -> None:
+        """Both at once, to save time."""
+        with ThreadPoolExecutor(2) as pool:
+            for part in (pool.submit(self.tokens), pool.submit(self.servers)):
+                part.result()
+
     def serve(self, run: str, tp: int) -> list[list[str]] | None:
         name = f"server_tp{tp}_{run.replace(' ', '_')}"
-        port = 21000 + 100 * tp + 10 * (MODES.index(run) if run in MODES else len(MODES))
+        port = 21000 + 100 * tp + 10 * RUNS.index(run)
         try:
             with server(self.model, run.split()[0], tp, port, self.out / f"{name}.log") as url:
                 return [ask_in_turn(url, 60), ask_together(url, 240)]
@@ -154,8 +151,8 @@ class Check:
 def server(model: Path, mode: str, tp: int, port: int, log: Path) -> Iterator[str]:
     command = [
         sys.executable, "-m", "sglang_nsa.minisgl", "--model", str(model), "--attn", "fa", "--dummy-weight",
-        "--port", str(port), "--max-seq-len-override", "2048", "--num-pages", "131072", "--graph", "64",
-        "--max-running-requests", "64", "--tp-size", str(tp), "--disable-pynccl",
+        "--port", str(port), "--max-seq-len-override", "2048", "--num-pages", "40960", "--graph", "64",
+        "--max-running-requests", "64", "--cache-type", "naive", "--tp-size", str(tp), "--disable-pynccl",
     ]  # fmt: skip
     if tp == 1:
         command.remove("--disable-pynccl")
@@ -214,7 +211,9 @@ def ask_together(url: str, count: int) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "parts", nargs="+", choices=("tokens", "copies", "steps", "steps-fi", "servers", "servers-tp2")
+        "parts",
+        nargs="+",
+        choices=("tokens", "copies", "steps", "steps-fi", "servers", "servers-tp2", "tokens-and-servers"),
     )
     parser.add_argument("--model", type=Path, default=os.environ.get("MODEL"))
     parser.add_argument("--out", type=Path, required=True)
@@ -227,6 +226,7 @@ def main() -> int:
         "steps": check.steps,
         "steps-fi": lambda: check.steps("fa,fi"),
         "servers": check.servers,
+        "tokens-and-servers": check.tokens_and_servers,
         "servers-tp2": lambda: check.servers(2),
     }
     for part in options.parts:

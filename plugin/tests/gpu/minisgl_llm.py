@@ -5,29 +5,39 @@ The mode is that of MINISGL_USE_FUSED_COPY. The result is written to OUT as JSON
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 SIZES = (1, 8, 64, 256)
 # What LLM is given in each case whose tokens are compared.
+# Without a prefix cache, but for the last. mini-sglang 20fcd7f gives back a request's own slots of a prefix
+# that the cache has too, while the request still reads them; so answers vary from run to run where prompts
+# that run at once begin alike. Here all differ in their first token.
 CASES = {
-    "fa": {"attention_backend": "fa"},
-    "fa, page 16": {"attention_backend": "fa", "page_size": 16},
-    "fa prefill, FlashInfer decode": {"attention_backend": "fa,fi"},
-    "fa, few slots": {"attention_backend": "fa", "max_running_req": 24, "num_page_override": 12000},
+    "fa": {"attention_backend": "fa", "cache_type": "naive"},
+    "fa, page 16": {"attention_backend": "fa", "cache_type": "naive", "page_size": 16},
+    "fa prefill, FlashInfer decode": {"attention_backend": "fa,fi", "cache_type": "naive"},
+    "fa, few slots": {
+        "attention_backend": "fa",
+        "cache_type": "naive",
+        "max_running_req": 24,
+        "num_page_override": 12000,
+    },
+    "fa, prefix cache": {"attention_backend": "fa"},
 }
 COMMON = {
     "use_dummy_weight": True,
     "max_seq_len_override": 2048,
     "cuda_graph_bs": [1, 2, 4, 8, 16, 32, 64],
-    "num_page_override": 131072,
+    "num_page_override": 40960,
     "max_running_req": 64,
 }
 
@@ -43,28 +53,26 @@ def start_llm(model: str, **arguments: object) -> Any:
     EngineConfig.distributed_addr = property(lambda self: f"tcp://127.0.0.1:{port}")
 
     if arguments.get("page_size", 1) > 1:
-        arguments["num_page_override"] = arguments.get("num_page_override", 131072) // arguments["page_size"]
+        arguments["num_page_override"] = arguments["num_page_override"] // arguments["page_size"]
     llm = LLM(model, **arguments)
     print(f"mode {mode.value}, {type(llm.engine.attn_backend).__name__}", flush=True)
     return llm
 
 
 def measure_tokens(model: str, case: str, out: str) -> None:
-    """300 requests of all lengths; half share a prefix, and the answers end at different steps."""
+    """300 requests of all lengths, whose answers end at different steps."""
     from minisgl.core import SamplingParams
 
     llm = start_llm(model, **(COMMON | CASES[case]))
     rng = random.Random(0)
-    shared = [rng.randrange(3, 500) for _ in range(90)]
     prompts, params = [], []
     for number in range(300):
-        own = [rng.randrange(3, 500) for _ in range(rng.randrange(2, 200))]
-        prompts.append(shared + own if number % 2 else own)
+        prompts.append([3 + number, *(rng.randrange(3, 500) for _ in range(rng.randrange(2, 250)))])
         params.append(
             SamplingParams(temperature=0.0, ignore_eos=number % 3 > 0, max_tokens=rng.randrange(2, 90))
         )
     rounds = []
-    for _ in range(2):  # the second round finds prefixes in the cache
+    for _ in range(2 if "cache_type" in CASES[case] else 1):
         started = time.monotonic()
         answers = [answer["token_ids"] for answer in llm.generate(prompts, params)]
         rounds.append(answers)
@@ -172,54 +180,72 @@ def count_calls(run: Callable[[], object]) -> int:
 
 
 class Watch:
-    """Host time of some of a scheduler's methods, for full decode batches alone."""
+    """Host time of some of a scheduler's methods while it is entered, for full decode batches alone."""
 
     def __init__(self, llm: Any, bs: int) -> None:
-        self.bs, self.spent, self.starts = bs, {}, []
-        self._restore = []
-        for owner, name in (
-            (llm, "_schedule_next_batch"),
+        self.bs, self.spent, self.steps = bs, {}, []
+        self._started = 0.0
+        self._methods = (
             (llm, "_prepare_batch"),
             (llm, "_forward"),
             (llm.engine.graph_runner, "replay"),
-        ):
-            self._wrap(owner, name)
+        )
 
-    def _wrap(self, owner: Any, name: str) -> None:
-        method, times = getattr(owner, name), self.spent.setdefault(name, [])
+    def __enter__(self) -> None:
+        self._started = 0.0
+        for owner, name in self._methods:
+            setattr(owner, name, self._timed(getattr(owner, name), name))
 
-        def timed(*args: Any) -> Any:
-            started = time.perf_counter()
-            result = method(*args)
-            spent = time.perf_counter() - started
-            given = args[0] if args else result  # a batch, a ForwardInput, or what was scheduled
-            batch = getattr(given, "batch", given)
-            if getattr(batch, "phase", "") == "decode" and batch.size == self.bs:
-                times.append(spent * 1e6)
-                if name == "_forward":
-                    self.starts.append(started * 1e6)
-            return result
-
-        setattr(owner, name, timed)
-        self._restore.append((owner, name))
-
-    def stop(self) -> None:
-        for owner, name in self._restore:
+    def __exit__(self, *_: object) -> None:
+        for owner, name in self._methods:
             delattr(owner, name)
 
+    def _timed(self, method: Callable, name: str) -> Callable:
+        times = self.spent.setdefault(name, [])
+
+        def timed(given: Any) -> Any:
+            started = time.perf_counter()
+            result = method(given)
+            batch = getattr(given, "batch", given)  # a ForwardInput has one, or it is one
+            if batch.phase == "decode" and batch.size == self.bs:
+                times.append((time.perf_counter() - started) * 1e6)
+                if name == "_forward":
+                    if self._started:
+                        self.steps.append((started - self._started) * 1e6)
+                    self._started = started
+            return result
+
+        return timed
+
     def medians(self) -> dict[str, float]:
-        steps = [b - a for a, b in zip(self.starts, self.starts[1:])]
-        return {name: statistics.median(times) for name, times in self.spent.items()} | {
-            "step": statistics.median(steps)
-        }
+        return {name: statistics.median(times) for name, times in (*self.spent.items(), ("step", self.steps))}
+
+
+@contextlib.contextmanager
+def own_copies(llm: Any) -> Iterator[None]:
+    """mini-sglang's own methods again, where MINISGL_USE_FUSED_COPY=1 put others."""
+    backend = llm.engine.attn_backend
+    decode = getattr(backend, "decode_backend", backend)
+    hooked = [
+        (owner, name, vars(owner).pop(name))
+        for owner, name in ((llm.engine.graph_runner.buffer, "copy_from"), (decode, "prepare_for_replay"))
+        if name in vars(owner)
+    ]
+    yield
+    for owner, name, method in hooked:
+        setattr(owner, name, method)
 
 
 def measure_steps(model: str, case: str, out: str) -> None:
-    """Whole decode steps of full batches."""
+    """Whole decode steps of full batches; modes 0 and 1 by turns in one process, which is started with 1."""
     from minisgl.core import SamplingParams
 
     arguments = {"attention_backend": case, "cuda_graph_bs": list(SIZES), "max_running_req": 256}
     llm = start_llm(model, **(COMMON | arguments))
+    mode = os.environ["MINISGL_USE_FUSED_COPY"]
+    variants = {mode: contextlib.nullcontext}
+    if mode == "1":
+        variants = {"0": lambda: own_copies(llm), "1": contextlib.nullcontext}
     rng, rows = random.Random(1), []
     for bs in SIZES:
         prompts = [[rng.randrange(3, 500) for _ in range(64)] for _ in range(bs)]
@@ -228,13 +254,17 @@ def measure_steps(model: str, case: str, out: str) -> None:
             llm.generate(prompts, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=tokens))
 
         generate(8)
-        calls = (count_calls(lambda: generate(36)) - count_calls(lambda: generate(20))) / 16
-        watch = Watch(llm, bs)
+        watches, calls = {name: Watch(llm, bs) for name in variants}, {}
+        for name, variant in variants.items():
+            with variant():
+                calls[name] = (count_calls(lambda: generate(28)) - count_calls(lambda: generate(20))) / 8
         for _ in range(3):
-            generate(100)
-        watch.stop()
-        rows.append({"bs": bs, "enqueues_per_step": calls, **watch.medians()})
-        print(rows[-1], flush=True)
+            for name, variant in variants.items():
+                with variant(), watches[name]:
+                    generate(60)
+        for name, watch in watches.items():
+            rows.append({"mode": name, "bs": bs, "enqueues_per_step": calls[name], **watch.medians()})
+            print(rows[-1], flush=True)
     Path(out).write_text(json.dumps(rows))
 
 
