@@ -52,6 +52,18 @@ def continuation(prompt: list[int], sampling: Sampling, count: int, vocab_size: 
     return tokens[len(prompt) :]
 
 
+@dataclass
+class Launched:
+    """A step whose tokens the scheduler has not seen."""
+
+    worker: HistoryWorker
+    output: StepOutput
+
+    def read(self) -> StepOutput:
+        self.worker.in_flight -= 1
+        return self.output
+
+
 class HistoryWorker:
     """Plain with lookahead 1; with more it accepts 1 .. lookahead tokens a step and spoils the rest."""
 
@@ -64,9 +76,13 @@ class HistoryWorker:
         context_len: int = 128,
         vocab_size: int = 97,
         eos_token_ids: frozenset[int] = frozenset(),
+        overlaps: bool = False,
     ) -> None:
         self.num_pages, self.page_size, self.lookahead = num_pages, page_size, lookahead
         self.context_len, self.vocab_size, self.eos_token_ids = context_len, vocab_size, eos_token_ids
+        self.overlaps = overlaps
+        self.in_flight = 0  # steps that are launched and not read
+        self.largest_in_flight = 0
         width = -(-(context_len + lookahead) // page_size) * page_size
         self.req_to_token_pool = ReqToTokenPool(max_running_requests, width, 1, "cpu")
         slots = (num_pages + 1) * page_size
@@ -93,13 +109,22 @@ class HistoryWorker:
             prompt_logprobs.append(known + [logprob_of(token) for token in targets])
         return StepOutput(tokens, self._logprobs(tokens), prompt_logprobs)
 
+    def launch_decode(self, reqs: list[Req]) -> Launched:
+        """All of it happens at once: what comes later on the host comes later on the device, too."""
+        assert self.in_flight == 0 or (self.overlaps and self.in_flight == 1)
+        output = self.decode(reqs)
+        self.in_flight += 1
+        self.largest_in_flight = max(self.largest_in_flight, self.in_flight)
+        return Launched(self, output)
+
     def decode(self, reqs: list[Req]) -> StepOutput:
         pool, tokens = self.req_to_token_pool, []
         self.largest_batch = max(self.largest_batch, len(reqs))
         for req in reqs:
             index = req.req_pool_idx
             length, last = int(pool.seq_lens[index]), int(pool.last_token[index])
-            assert length == req.kv_len
+            # What the host has not read yet it does not count.
+            assert req.kv_len + self.in_flight <= length <= req.kv_len + self.in_flight * self.lookahead
             history = [*self._read(index, length), last]
             if self.lookahead > 1:
                 drafted = self.draft_kv[self._slots(index, 0, length)].tolist()

@@ -45,6 +45,7 @@ class Harness:
         chunked_prefill_size: int = -1,
         disable_radix_cache: bool = False,
         tokenizer: Any = None,
+        **args: Any,
     ) -> None:
         self.worker = worker or HistoryWorker()
         self.link = LocalLink()
@@ -53,6 +54,7 @@ class Harness:
             device="cpu",
             chunked_prefill_size=chunked_prefill_size,
             disable_radix_cache=disable_radix_cache,
+            **args,
         )
         self.scheduler = Scheduler(args, self.worker, self.link, tokenizer)
         self.results: dict[str, Result] = {}

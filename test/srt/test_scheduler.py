@@ -28,6 +28,7 @@ class Case:
     chunked_prefill_size: int = -1
     disable_radix_cache: bool = False
     retracts: bool = False
+    overlaps: bool = False
 
 
 CASES = [
@@ -41,13 +42,20 @@ CASES = [
     Case("little memory, speculative", num_pages=28, lookahead=4, retracts=True),
     Case("little memory, chunked", num_pages=28, chunked_prefill_size=5, lookahead=2, retracts=True),
     Case("little memory, no prefix cache", num_pages=26, disable_radix_cache=True, retracts=True),
+    Case("overlap", overlaps=True),
+    Case("overlap, speculative", lookahead=4, overlaps=True),
+    Case("overlap, chunked", lookahead=3, chunked_prefill_size=5, overlaps=True),
+    Case("overlap, little memory", num_pages=28, lookahead=4, retracts=True, overlaps=True),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_request_gets_its_own_tokens(case: Case) -> None:
     worker = HistoryWorker(
-        num_pages=case.num_pages, lookahead=case.lookahead, max_running_requests=case.max_running_requests
+        num_pages=case.num_pages,
+        lookahead=case.lookahead,
+        max_running_requests=case.max_running_requests,
+        overlaps=case.overlaps,
     )
     harness = Harness(worker, case.chunked_prefill_size, case.disable_radix_cache)
     rng = random.Random(7)
@@ -67,6 +75,7 @@ def test_every_request_gets_its_own_tokens(case: Case) -> None:
         assert harness.results[rid].last.completion_tokens == len(tokens)
     assert worker.largest_batch == min(worker.largest_batch, case.max_running_requests)
     assert (harness.scheduler.num_retractions > 0) == case.retracts
+    assert worker.largest_in_flight == 1 + case.overlaps
     hits = harness.scheduler.internal_state()["cache_hit_rate"]
     assert hits == 0 if case.disable_radix_cache else hits > 0.2
 
@@ -97,11 +106,13 @@ ARRIVALS = st.builds(
     num_pages=st.integers(14, 30),
     chunk=st.sampled_from([-1, 3, 16]),
     page_size=st.sampled_from([1, 4]),
+    overlaps=st.booleans(),
 )
 def test_arrivals_and_aborts_in_any_order(
-    arrivals: list[Arrival], lookahead: int, num_pages: int, chunk: int, page_size: int
+    arrivals: list[Arrival], lookahead: int, num_pages: int, chunk: int, page_size: int, overlaps: bool
 ) -> None:
-    worker = HistoryWorker(num_pages * 4 // page_size, page_size, lookahead, 4, context_len=60)
+    pages = num_pages * 4 // page_size
+    worker = HistoryWorker(pages, page_size, lookahead, 4, context_len=60, overlaps=overlaps)
     harness = Harness(worker, chunk)
     for arrival in arrivals:
         harness.step(arrival.steps_before)
@@ -118,6 +129,32 @@ def test_arrivals_and_aborts_in_any_order(
             assert result.output_ids == expected[: len(result.output_ids)]
         else:
             assert result.output_ids == expected
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_requests_end_at_a_stop_and_at_the_end_of_the_context(lookahead: int, overlaps: bool) -> None:
+    """The step that is under way when a stop is read runs past it, at the context's end past the table."""
+    prompt = prompt_of(9)
+    worker = HistoryWorker(lookahead=lookahead, context_len=60, overlaps=overlaps)
+    harness = Harness(worker)
+    stop = greedy(prompt, 20)[13]
+    end = greedy(prompt, 20).index(stop)
+    result = harness.run(prompt, max_new_tokens=100, stop_token_ids=(stop,))
+    assert result.output_ids == greedy(prompt, end + 1)
+    assert result.finish_reason == {"type": "stop", "matched": stop}
+    again = harness.run(prompt, max_new_tokens=200, ignore_eos=True)
+    assert again.output_ids == greedy(prompt, 51)
+    assert again.finish_reason == {"type": "length", "length": 51}
+
+
+def test_overlap_waits_for_logprobs() -> None:
+    """They are read from logits that the next step overwrites."""
+    worker = HistoryWorker(lookahead=3, overlaps=True)
+    harness = Harness(worker)
+    result = harness.run(prompt_of(11), return_logprob=True, max_new_tokens=20)
+    assert [entry.token_id for entry in result.output_logprobs] == result.output_ids
+    assert worker.largest_in_flight == 1
 
 
 def test_seeds_are_drawn_from_the_servers_seed() -> None:
@@ -179,3 +216,28 @@ def test_throughput_does_not_count_idle_time(monkeypatch: pytest.MonkeyPatch) ->
         harness.run(prompt_of(6, seed), max_new_tokens=8)
     state = harness.scheduler.internal_state()
     assert state["gen_throughput"] == state["last_gen_throughput"] == 1 / 0.25
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_decoding_keeps_its_speed_while_prompts_arrive(
+    monkeypatch: pytest.MonkeyPatch, overlaps: bool
+) -> None:
+    """A pass takes as long as five decode steps, and another prompt always waits."""
+    clock, worker = WorkClock(), HistoryWorker(num_pages=400, overlaps=overlaps)
+    harness = Harness(worker, chunked_prefill_size=8, disable_radix_cache=True, enable_mixed_chunk=True)
+    monkeypatch.setattr(scheduler_module, "time", clock)
+    worker.prefill, worker.decode = clock.takes(0.5, worker.prefill), clock.takes(0.1, worker.decode)
+    prompt, expected = prompt_of(6), greedy(prompt_of(6), 100)
+    runner = harness.send(prompt, max_new_tokens=100, stream=True)
+    harness.step(2)
+    began, seen = clock.now, len(harness.results[runner].output_ids)
+    for _ in range(1000):
+        if harness.results[runner].finish_reason is not None:
+            break
+        if len(harness.scheduler.waiting) < 2:
+            harness.send(prompt_of(16, seed=len(harness.results)), max_new_tokens=1)
+        harness.step()
+    per_token = (clock.now - began) / (100 - seen)
+    assert 0.12 < per_token < 0.13 + 0.5 / (100 - seen)  # one pass may be begun and not yet paid
+    harness.finish()
+    assert harness.results[runner].output_ids == expected

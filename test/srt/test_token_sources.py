@@ -14,7 +14,7 @@ from scheduler_harness import Harness, greedy, prompt_of
 from server_fixture import ROOT
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.managers.schedule_batch import Req, StepOutput
-from sglang.srt.speculative import eagle_worker
+from sglang.srt.speculative import eagle_info
 from sglang.srt.speculative.eagle_info import count_accepted
 from test_http_generate import GENERATE, PROMPT, events
 
@@ -104,7 +104,7 @@ def test_accepted_drafts_are_what_the_draft_layer_proposed(
         drafted.append(draft_tokens[0].tolist())
         return count_accepted(draft_tokens, next_tokens)
 
-    monkeypatch.setattr(eagle_worker, "count_accepted", recorded)
+    monkeypatch.setattr(eagle_info, "count_accepted", recorded)
     params = {"temperature": 0.7, "seed": 1, "max_new_tokens": 60, "ignore_eos": True}
     answer = engine.generate("def read_file(path):\n", params, return_token_sources=True)
     meta, ids = answer["meta_info"], answer["output_ids"][1:]

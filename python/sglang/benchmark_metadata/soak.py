@@ -25,6 +25,7 @@ from sglang.srt.layers.attention.registry import SparseAttentionOps
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.model_executor.graph_runner import StepInputs
 from sglang.srt.model_executor.step_function import StepFunction, StepMetadata
+from sglang.srt.model_executor.step_graph import StepGraph
 
 DRAFT_TOKENS = 5  # D; N = D - 2 draft backends
 BATCH_SIZES = (0, 1, 2, 4, 8, 12)
@@ -124,7 +125,7 @@ class Lane:
         draft = NativeSparseAttnMultiStepBackend(config, DRAFT_TOKENS - 2)
         target, extend = NativeSparseAttnBackend(config), NativeSparseAttnBackend(config)
         self.step = StepInputs.create(BATCH_SIZES[-1], DRAFT_TOKENS, 1, torch.float32, device)
-        self.functions = (
+        functions = (
             StepFunction("draft", _body, draft, StepMetadata(MetadataMode.DECODE, 1, draft.offsets)),
             StepFunction(
                 "verify", _body, target, StepMetadata(MetadataMode.TARGET_VERIFY, DRAFT_TOKENS, (0,))
@@ -133,19 +134,24 @@ class Lane:
                 "extend", _body, extend, StepMetadata(MetadataMode.DRAFT_EXTEND, DRAFT_TOKENS, (0,))
             ),
         )
-        for function in self.functions:
-            function.capture(self.step, pool, BATCH_SIZES)
+        views = {bs: self.step.view(bs) for bs in BATCH_SIZES}
+        for function in functions:
+            function.plan(self.step, pool, BATCH_SIZES)
+        self.graphs = tuple(StepGraph(function.name, (function,), function) for function in functions)
+        for graph in self.graphs:
+            graph.capture(views, device)
 
     @property
     def fallbacks(self) -> int:
-        return sum(function.backend.graph_metadata.fallbacks for function in self.functions)
+        functions = [function for graph in self.graphs for function in graph.functions]
+        return sum(function.backend.graph_metadata.fallbacks for function in functions)
 
 
 def _no_attention(*_args: object) -> torch.Tensor:
     raise AssertionError("the soak replays metadata, not attention")
 
 
-def _body(step: StepInputs, eager: bool) -> torch.Tensor:
+def _body(step: StepInputs) -> torch.Tensor:
     return step.seq_lens + 1  # a captured graph may not be empty
 
 
@@ -192,11 +198,11 @@ def _soak_path(
 def _step(lane: Lane, simulation: Simulation, requests: list[int]) -> int:
     """One speculative step: three verified replays."""
     pool, rng = simulation.pool, simulation.random
-    bs = lane.functions[0].runner.padded(len(requests))
+    bs = lane.graphs[0].runner.padded(len(requests))
     step = lane.step.view(bs)
     step.set_batch(torch.tensor(requests, dtype=torch.int32, device=pool.seq_lens.device), pool)
     max_len = max((simulation.running[index] for index in requests), default=1) + DRAFT_TOKENS
-    draft, verify, extend = lane.functions
+    draft, verify, extend = lane.graphs
     draft.replay(bs, max_len)
     verify.replay(bs, max_len)
     accepted = [rng.randint(1, DRAFT_TOKENS) for _ in requests]
@@ -205,4 +211,4 @@ def _step(lane: Lane, simulation: Simulation, requests: list[int]) -> int:
     extend.replay(bs, max_len)
     for index, count in zip(requests, accepted):
         simulation.grow(index, count)
-    return len(lane.functions)
+    return len(lane.graphs)

@@ -67,6 +67,12 @@ class ServerArgs(SGLangArgs):
     chunked_prefill_size: int | None = memory(
         None, "longest piece of a prompt in one step; -1: whole prompts (default: cpu 2048, cuda 8192)"
     )
+    enable_mixed_chunk: bool = memory(
+        False, "pieces of prompts between decode steps, so that decoding keeps most of its speed meanwhile"
+    )
+    disable_overlap_schedule: bool = memory(
+        False, "read the tokens of each decode step before the next is launched (as always on a CPU)"
+    )
     disable_radix_cache: bool = memory(False, "do not reuse the cache of common prefixes")
     attention_backend: str = attention(
         "nsa",

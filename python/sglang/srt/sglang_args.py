@@ -27,7 +27,6 @@ class SGLangArgs:
     enable_metrics: bool = always(False, "/metrics is always there")
     enable_cache_report: bool = always(False, "`usage` always has the cached tokens")
     enable_deterministic_inference: bool = always(False, "a token depends on the seed and its position alone")
-    disable_overlap_schedule: bool = always(False, "the scheduler does not overlap steps")
     disable_custom_all_reduce: bool = always(False, "there is one GPU")
     disable_shared_experts_fusion: bool = always(False, "shared experts are not fused")
     disable_flashinfer_autotune: bool = always(False, "nothing is tuned at start")
@@ -94,9 +93,6 @@ class SGLangArgs:
     enable_priority_scheduling: bool = never(False, "priorities", (False,), instead="requests run in order")
     max_prefill_tokens: int = never(
         16384, "tokens of one prefill", (16384,), instead="bound it with --chunked-prefill-size"
-    )
-    enable_mixed_chunk: bool = never(
-        False, "prefill and decode in one step", (False,), instead="a step is one or the other"
     )
     num_continuous_decode_steps: int = never(1, "steps of decode at once", (1,), instead="each step is one")
     stream_interval: int = never(1, "steps between events of a stream", (1,), instead="each step has one")

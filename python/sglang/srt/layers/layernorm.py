@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.layers.linear import Layer
+from sglang.srt.layers.triton_kernels import runs_triton
 from sglang.srt.libraries.flashinfer import load_flashinfer
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,16 @@ class RMSNorm(Layer):
         self.float_on_cpu = torch.device(device).type == "cpu" and dtype == torch.float32
         half_on_cuda = torch.device(device).type == "cuda" and dtype == torch.bfloat16
         self.kernel = flashinfer_rmsnorm() if half_on_cuda else None
+        self.fused = runs_triton(device)
+
+    def add(self, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x + delta), x + delta), each [T, size]; without delta x is the sum."""
+        if self.fused:
+            from sglang.srt.layers.triton_kernels.add_norm import add_norm
+
+            return add_norm(x, delta, self.weight, self.eps)
+        total = x if delta is None else x + delta
+        return self(total), total
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> the same shape and dtype."""

@@ -49,6 +49,16 @@ def multiply_heads(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | No
     return out
 
 
+def stacked(*linears: Linear) -> torch.Tensor:
+    """One matrix [sum of out, in] of linears that multiply the same rows. Their weights become views of it,
+    which the loader fills in place."""
+    matrix = torch.cat([linear.weight.detach() for linear in linears])
+    for linear, part in zip(linears, matrix.split([linear.out_features for linear in linears])):
+        linear.weight = nn.Parameter(part, requires_grad=False)
+        linear.products = ()
+    return matrix
+
+
 def lay_out_for_cpu(model: nn.Module) -> None:
     """Stores the matrices [..., out, in] of `Linear`s and of experts with the outputs side by side: so a CPU
     multiplies a few rows in half the time. Their values and shapes stay."""

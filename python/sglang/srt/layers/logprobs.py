@@ -12,12 +12,12 @@ MAX_ROWS = 128  # of logits at once: 66 MB with a vocabulary of 129,280
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, top: int) -> list[TokenLogprob]:
-    """Of each row of logits [R, vocab], float32: its token's logprob and the `top` most likely tokens'.
+    """Of each row of logits [R, vocab]: its token's logprob and the `top` most likely tokens'.
 
     They are those of the logits as given: of sampled tokens after penalties and biases, before temperature
     and filters. Reads back from the device.
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
     chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1).tolist()
     if top:
         values, indices = (t.tolist() for t in logprobs.topk(top, dim=-1))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.layers.linear import Layer, linear
+from sglang.srt.layers.triton_kernels import runs_triton
 from sglang.srt.model_config import ModelConfig
 
 MASKED_CPU_ROWS = 16  # that the all-experts path takes; bounds its [E, rows, 2 * I] intermediate
@@ -18,6 +19,10 @@ MASKED_CPU_ROWS = 16  # that the all-experts path takes; bounds its [E, rows, 2 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[..., 2 * I] -> [..., I]"""
+    if runs_triton(gate_up.device):
+        from sglang.srt.layers.triton_kernels.silu_and_mul import silu_and_mul
+
+        return silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -47,22 +52,48 @@ class TopkRouter(Layer):
         bias = torch.empty(experts, dtype=torch.float32, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+        self.fused = runs_triton(device)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, hidden] -> weights [T, K] float32, experts [T, K] int64."""
         cfg = self.config
-        scores = F.linear(x.float(), self.weight).sigmoid()  # [T, E]
-        choice = (scores + self.e_score_correction_bias).unflatten(-1, (cfg.n_group, -1))  # [T, G, E / G]
-        if cfg.topk_group < cfg.n_group:
-            group_scores = choice.topk(2, dim=-1).values.sum(-1)  # [T, G]
-            groups = group_scores.topk(cfg.topk_group, dim=-1, sorted=False).indices
-            closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, groups, False)
-            choice = choice.masked_fill(closed[..., None], float("-inf"))
-        experts = choice.flatten(1).topk(cfg.num_experts_per_tok, dim=-1, sorted=False).indices
-        weights = scores.gather(1, experts)
-        if cfg.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * cfg.routed_scaling_factor, experts
+        rule = (
+            cfg.n_group,
+            cfg.topk_group,
+            cfg.num_experts_per_tok,
+            cfg.norm_topk_prob,
+            cfg.routed_scaling_factor,
+        )
+        if self.fused:
+            from sglang.srt.layers.triton_kernels.route import route
+            from sglang.srt.layers.triton_kernels.small_linear import small_linear
+
+            return route(small_linear(x, self.weight), self.e_score_correction_bias, *rule)
+        return choose_experts(F.linear(x.float(), self.weight), self.e_score_correction_bias, *rule)
+
+
+def choose_experts(
+    logits: torch.Tensor,  # [T, E], float32
+    bias: torch.Tensor,  # [E], float32
+    groups: int,
+    top_groups: int,
+    topk: int,
+    normalise: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """weights [T, K] float32 and experts [T, K] int64, in any order."""
+    scores = logits.sigmoid()
+    choice = (scores + bias).unflatten(-1, (groups, -1))  # [T, G, E / G]
+    if top_groups < groups:
+        group_scores = choice.topk(2, dim=-1).values.sum(-1)  # [T, G]
+        best = group_scores.topk(top_groups, dim=-1, sorted=False).indices
+        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+        choice = choice.masked_fill(closed[..., None], float("-inf"))
+    experts = choice.flatten(1).topk(topk, dim=-1, sorted=False).indices
+    weights = scores.gather(1, experts)
+    if normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * scaling, experts
 
 
 class RoutedExperts(Layer):

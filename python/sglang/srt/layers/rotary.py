@@ -49,6 +49,10 @@ class RotaryEmbedding(Layer):
         angles = positions[:, None, None].float() * self.inv_freq
         return torch.complex(angles.cos() * self.scale, angles.sin() * self.scale)
 
+    def table(self, length: int) -> torch.Tensor:
+        """The rotations of positions 0 .. length - 1: [length, dim / 2], complex64."""
+        return self(torch.arange(length, device=self.inv_freq.device)).squeeze(1)
+
 
 def apply_rotary_interleaved(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (x0, x1), (x2, x3), ... of x [T, heads, dim]; computes in float32."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from sglang.srt.layers.gumbel_noise import gumbel_noise
+from sglang.srt.layers.triton_kernels import runs_triton
 
 
 def sample(
@@ -68,3 +69,12 @@ def noise_function(device_type: str) -> Callable[[torch.Tensor, torch.Tensor, in
     from sglang.srt.layers import gumbel_noise_triton
 
     return gumbel_noise_triton.gumbel_noise
+
+
+def argmax_function(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """logits [R, V] -> [R], int64: by torch, or where Triton runs by one short kernel."""
+    if not runs_triton(device):
+        return functools.partial(torch.argmax, dim=-1)
+    from sglang.srt.layers.triton_kernels.argmax import argmax
+
+    return argmax

@@ -114,6 +114,22 @@ class StepOutput:
     input_logprobs: list[list[TokenLogprob]] | None = None  # of each chunk's own tokens (prefill only)
 
 
+class PendingOutput(Protocol):
+    """A decode step that is launched."""
+
+    def read(self) -> StepOutput:
+        """Waits for its tokens; to be called once."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """A decode step in flight, and whose it is."""
+
+    reqs: list[Req]
+    pending: PendingOutput
+
+
 class GenerationWorker(Protocol):
     """Runs the model: plain (`TpModelWorker`) or speculative (`EAGLEWorker`)."""
 
@@ -124,13 +140,14 @@ class GenerationWorker(Protocol):
     context_len: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    overlaps: bool  # a second decode step may be launched before the first is read
 
     def prefill(self, chunks: list[PrefillChunk]) -> StepOutput:
         """One eager pass over all chunks."""
         ...
 
-    def decode(self, reqs: list[Req]) -> StepOutput:
-        """One step of every request: a token each, or draft, verify and draft-extend."""
+    def launch_decode(self, reqs: list[Req]) -> PendingOutput:
+        """Starts one step of every request: a token each, or draft, verify and draft-extend."""
         ...
 
     def internal_state(self) -> dict[str, Any]:

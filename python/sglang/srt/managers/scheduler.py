@@ -22,14 +22,23 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
     ToScheduler,
 )
-from sglang.srt.managers.schedule_batch import GenerationWorker, PrefillChunk, Req, StepOutput, wrap_int64
+from sglang.srt.managers.prefill_share import PrefillShare
+from sglang.srt.managers.request_limits import RequestLimits
+from sglang.srt.managers.schedule_batch import (
+    DecodeStep,
+    GenerationWorker,
+    PrefillChunk,
+    Req,
+    StepOutput,
+    wrap_int64,
+)
 from sglang.srt.managers.scheduler_link import SchedulerLink, aborted
 from sglang.srt.managers.stop_checker import StopChecker
 from sglang.srt.managers.throughput import Throughput
 from sglang.srt.mem_cache.allocator import PageAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
 from sglang.srt.mem_cache.request_memory import RequestMemory
-from sglang.srt.sampling.token_logprob import MAX_TOP_LOGPROBS, TokenLogprob
+from sglang.srt.sampling.token_logprob import TokenLogprob
 from sglang.srt.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -48,6 +57,10 @@ class Scheduler:
     A request waits, is prefilled chunk by chunk, runs, and finishes. At most one, `partial`, is between
     two chunks: it goes on first in the next pass. When pages run out, the youngest running requests go back
     to the head of the waiting queue and are prefilled again with what they have generated so far.
+
+    Where the worker overlaps, a decode step is launched before the tokens of the one before it are read: the
+    device works while the host looks at them. What such a step says of a request that has meanwhile ended
+    is dropped; what it writes lies in memory that whoever gets it next writes later.
     """
 
     def __init__(
@@ -65,13 +78,13 @@ class Scheduler:
             PageAllocator(worker.num_pages),
             RadixCache(worker.page_size, int(self.speculates), not server_args.disable_radix_cache),
         )
-        self.max_total_num_tokens = worker.num_pages * worker.page_size
-        self.max_req_input_len = min(worker.context_len - 1, self.max_total_num_tokens - worker.lookahead)
-        if self.max_req_input_len < 1:
-            raise ValueError(
-                f"--max-total-tokens {self.max_total_num_tokens} holds no request: a step writes "
-                f"{worker.lookahead} tokens beside the prompt"
-            )
+        self.limits = RequestLimits(
+            vocab_size=worker.vocab_size,
+            context_len=worker.context_len,
+            max_total_num_tokens=worker.num_pages * worker.page_size,
+            lookahead=worker.lookahead,
+            has_tokenizer=tokenizer is not None,
+        )
         self.chunked_prefill_size = server_args.chunked_prefill_size
         self.stops = StopChecker(worker.eos_token_ids, worker.context_len, tokenizer)
         self.seeds = random.Random(server_args.random_seed)
@@ -79,6 +92,7 @@ class Scheduler:
         self.waiting: deque[Req] = deque()
         self.partial: Req | None = None
         self.running: list[Req] = []  # oldest first
+        self.in_flight: DecodeStep | None = None  # launched, and not yet read
         self.outputs: list[ReqOutput] = []  # of this step
         self.handlers = {
             BatchTokenizedGenerateReqInput: self.add_requests,
@@ -94,6 +108,7 @@ class Scheduler:
         self.num_cached_tokens = 0
         self.leak: str | None = None
         self.throughput = Throughput()
+        self.prefill_share = PrefillShare(server_args.enable_mixed_chunk)
 
     def run(self) -> None:
         while True:
@@ -104,17 +119,53 @@ class Scheduler:
         for message in self.link.receive(block=self.is_idle):
             self.handle(message)
         start = time.perf_counter()
-        output: StepOutput | None = None
-        if chunks := self.schedule_prefill():
-            output = self.worker.prefill(chunks)
-            self.process_prefill(chunks, output)
-        elif reqs := self.schedule_decode():
-            output = self.worker.decode(reqs)
-            self.process_decode(reqs, output)
+        decoding = bool(self.running)
+        chunks = self.schedule_prefill() if self.prefill_share.allows(decoding) else []
+        tokens = self.prefill(chunks) if chunks else self.decode() if decoding else None
         self.send_outputs()
-        if output is not None:
-            seconds = time.perf_counter() - start
-            self.throughput.add(sum(map(len, output.tokens)), seconds, len(self.running), len(self.waiting))
+        if tokens is None:
+            return
+        seconds = time.perf_counter() - start
+        self.throughput.add(tokens, seconds, len(self.running), len(self.waiting))
+        if chunks:
+            self.prefill_share.add_prefill(seconds, decoding)
+        else:
+            self.prefill_share.add_decode(seconds)
+
+    def prefill(self, chunks: list[PrefillChunk]) -> int:
+        """Runs a pass, after the decode step in flight. Returns how many tokens were read."""
+        tokens = self.finish_decode()
+        output = self.worker.prefill(chunks)
+        self.process_prefill(chunks, output)
+        return tokens + sum(map(len, output.tokens))
+
+    def decode(self) -> int:
+        """Launches a decode step and reads the one before it, or itself where nothing may overlap. Returns
+        how many tokens were read."""
+        if self.in_flight is not None and self.can_run_ahead():
+            reqs = [
+                req for req in self.running if len(req.output_ids) + 1 < req.sampling_params.max_new_tokens
+            ]
+            launched = self.launch_decode(reqs)
+            tokens = self.finish_decode()
+            self.in_flight = launched
+            return tokens
+        tokens = self.finish_decode()
+        self.in_flight = self.launch_decode(self.schedule_decode())
+        overlaps = self.worker.overlaps and not any(req.return_logprob for req in self.running)
+        return tokens if overlaps else tokens + self.finish_decode()
+
+    def launch_decode(self, reqs: list[Req]) -> DecodeStep | None:
+        return DecodeStep(reqs, self.worker.launch_decode(reqs)) if reqs else None
+
+    def finish_decode(self) -> int:
+        """Reads and processes the step in flight, if there is one. Returns how many tokens it had."""
+        if self.in_flight is None:
+            return 0
+        step, self.in_flight = self.in_flight, None
+        output = step.pending.read()
+        self.process_decode(step.reqs, output)
+        return sum(map(len, output.tokens))
 
     @property
     def is_idle(self) -> bool:
@@ -127,8 +178,8 @@ class Scheduler:
 
     def ready(self) -> SchedulerReady:
         return SchedulerReady(
-            self.max_total_num_tokens,
-            self.max_req_input_len,
+            self.limits.max_total_num_tokens,
+            self.limits.max_req_input_len,
             self.worker.context_len,
             self.worker.vocab_size,
         )
@@ -155,30 +206,9 @@ class Scheduler:
 
     def validate(self, message: TokenizedGenerateReqInput) -> None:
         """Raises ValueError naming what makes the request impossible."""
-        params, length, vocab_size = message.sampling_params, len(message.input_ids), self.worker.vocab_size
         if message.rid in self.requests:
             raise ValueError(f"rid {message.rid!r} belongs to a request that is still running")
-        if length == 0:
-            raise ValueError("the prompt is empty")
-        if outside := [t for t in message.input_ids if not 0 <= t < vocab_size]:
-            raise ValueError(f"input_ids must be in [0, {vocab_size}), got {outside[0]}")
-        params.validate(vocab_size)
-        if params.stop and self.stops.tokenizer is None:
-            raise ValueError(f"stop {list(params.stop)} needs a tokenizer")
-        if not 0 <= message.top_logprobs_num <= MAX_TOP_LOGPROBS:
-            raise ValueError(
-                f"top_logprobs_num must be in [0, {MAX_TOP_LOGPROBS}], got {message.top_logprobs_num}"
-            )
-        if not -1 <= message.logprob_start_len < length:
-            raise ValueError(f"logprob_start_len must be in [-1, {length}), got {message.logprob_start_len}")
-        if length > self.max_req_input_len:
-            raise ValueError(f"the prompt has {length} tokens; the maximum is {self.max_req_input_len}")
-        longest = min(length + params.max_new_tokens, self.worker.context_len)
-        if longest - 1 + self.worker.lookahead > self.max_total_num_tokens:
-            raise ValueError(
-                f"the prompt's {length} tokens and max_new_tokens {params.max_new_tokens} "
-                f"do not fit into the cache of {self.max_total_num_tokens} tokens"
-            )
+        self.limits.check(message)
 
     def abort_request(self, message: AbortReq) -> None:
         """Ends requests as they stand; one that is not there has finished."""
@@ -207,9 +237,9 @@ class Scheduler:
             "total_pages": self.worker.num_pages,
             "page_size": page_size,
             "context_len": self.worker.context_len,
-            "max_total_num_tokens": self.max_total_num_tokens,
+            "max_total_num_tokens": self.limits.max_total_num_tokens,
             "num_used_tokens": used,
-            "token_usage": used / self.max_total_num_tokens,
+            "token_usage": used / self.limits.max_total_num_tokens,
             "kv_available_tokens": available * page_size,
             "kv_evictable_tokens": evictable * page_size,
             "cache_hit_rate": self.num_cached_tokens / max(self.num_prompt_tokens, 1),
@@ -287,6 +317,17 @@ class Scheduler:
                 self.retract(self.running[-1])
         return list(self.running)
 
+    def can_run_ahead(self) -> bool:
+        """Whether the next step may be launched while the tokens of one are not known: there are slots for
+        both, also at the end of the context."""
+        lookahead = self.worker.lookahead
+        return all(
+            req.kv_len + lookahead <= self.worker.context_len
+            and not req.return_logprob  # they are read from what the next step overwrites
+            and self.memory.reserve(req, req.kv_len + 2 * lookahead)
+            for req in self.running
+        )
+
     def retract(self, req: Req) -> None:
         self.num_retractions += 1
         self.num_retracted_input_tokens += len(req.input_ids)
@@ -313,6 +354,8 @@ class Scheduler:
 
     def process_decode(self, reqs: list[Req], output: StepOutput) -> None:
         for i, req in enumerate(reqs):
+            if req.finish_reason is not None:  # while the step was under way
+                continue
             req.kv_len += len(output.tokens[i])
             req.spec_verify_ct += self.speculates
             self.append_tokens(req, output.tokens[i], output.logprobs and output.logprobs[i])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
+from sglang.srt.environ import envs
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode
 from sglang.srt.layers.attention.nsa_backend import NativeSparseAttnBackend
 from sglang.srt.layers.logprobs import hidden_logprobs, token_logprobs
@@ -22,12 +24,16 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.graph_runner import StepInputs
 from sglang.srt.model_executor.metadata_report import log_metadata_paths, metadata_state
 from sglang.srt.model_executor.model_runner import ExtendBatch, ModelRunner
+from sglang.srt.model_executor.read_back import ReadBack
 from sglang.srt.model_executor.step_function import StepFunction, StepMetadata
+from sglang.srt.model_executor.step_graph import StepGraph
+from sglang.srt.model_executor.step_rows import rows_maker
 from sglang.srt.model_executor.step_runner import StepRunner
 from sglang.srt.model_loader import load_model
-from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_batch_info import GREEDY, UNFILTERED, SamplingBatchInfo
 from sglang.srt.sampling.token_logprob import TokenLogprob
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.eagle_info import advance
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,36 @@ class DecodeBatch:
     @classmethod
     def create(cls, reqs: list[Req], device: torch.device) -> DecodeBatch:
         wanted = [req.top_logprobs_num for req in reqs if req.return_logprob]
+        # From pinned memory, so that the copy does not wait for the step that is under way.
+        rows = torch.tensor(
+            [req.req_pool_idx for req in reqs], dtype=torch.int32, pin_memory=device.type == "cuda"
+        )
         return cls(
             members=[(req, req.req_pool_idx) for req in reqs],
-            indices=torch.tensor([req.req_pool_idx for req in reqs], dtype=torch.int32, device=device),
+            indices=rows.to(device, non_blocking=True),
             sampling=SamplingBatchInfo.of([req.sampling_params for req in reqs]),
             top_logprobs=max(wanted) if wanted else None,
         )
 
 
+@dataclass(frozen=True)
+class PendingDecode:
+    """A launched step, until its tokens are read."""
+
+    rows: Callable[[], list[list[int]]]  # waits for [n, D + 1]: the target's tokens, then how many count
+    finish: Callable[[list[list[int]]], StepOutput]
+
+    def read(self) -> StepOutput:
+        return self.finish([row[: row[-1]] for row in self.rows()])
+
+
 class TpModelWorker:
-    """The target model: one token a request and step."""
+    """The target model: one token a request and step.
+
+    A step is a forward pass, the sampling of what it says, and, where the worker speculates, what follows
+    from that. It runs as one graph, or in three parts where the sampling depends on what only the batch at
+    hand knows: penalties and filters.
+    """
 
     lookahead = 1
 
@@ -63,6 +89,12 @@ class TpModelWorker:
         self.vocab_size = config.vocab_size
         self.eos_token_ids = frozenset(config.eos_token_ids)
         self.page_size = server_args.page_size
+        # A CPU has nothing to do meanwhile, and what is verified must not lag behind.
+        self.overlaps = (
+            self.device.type == "cuda"
+            and not server_args.disable_overlap_schedule
+            and not envs.SGLANG_NSA_VERIFY_METADATA.get()
+        )
         self.kv_pool_class = kv_pool_class(server_args)
         target, nextn = load_model(
             config,
@@ -85,7 +117,14 @@ class TpModelWorker:
         self.target = self._runner(target, config.num_hidden_layers)
         self.batch: DecodeBatch | None = None
         self._init_speculation(nextn)
-        self.steps = StepRunner(self.step_functions, self._create_inputs, self.req_to_token_pool)
+        self.row_numbers = torch.arange(self.lookahead, device=self.device)  # 0 .. D - 1
+        self.make_rows = rows_maker(
+            self.req_to_token_pool, self.target.model.rotary_emb, self.lookahead, self.device
+        )
+        self.read_back = ReadBack(server_args.max_running_requests, self.lookahead + 1, self.device)
+        self.steps = StepRunner(
+            self.step_functions, self.step_graphs, self._create_inputs, self.req_to_token_pool
+        )
         if not server_args.disable_cuda_graph:
             self.steps.capture(server_args.cuda_graph_max_bs)
             log_metadata_paths(self.step_functions)
@@ -104,7 +143,7 @@ class TpModelWorker:
         hidden_states = self.target.extend(extend, input_ids)  # [T, hidden]
 
         last_rows = torch.tensor(lens, device=self.device).cumsum(0) - 1  # [bs]
-        logits = self.target.model.compute_logits(hidden_states[last_rows])
+        logits = self.target.model.compute_logits(hidden_states[last_rows]).float()
         batch = DecodeBatch.create([chunk.req for chunk in chunks], self.device)
         positions = extend.seq_lens.long()[:, None]
         sampled = self.sampler(logits, positions, extend.req_pool_indices, batch.sampling)[:, 0]
@@ -122,22 +161,16 @@ class TpModelWorker:
         return self._prefill_output(chunks, batch, hidden_states, logits, sampled)
 
     @torch.inference_mode()
+    def launch_decode(self, reqs: list[Req]) -> PendingDecode:
+        """Launches all of a step of every request; nothing in it is read back before `read`."""
+        step, max_len = self._load_step(reqs), self._max_len(reqs)
+        logits = self._run_step(step, max_len)
+        finish = partial(self._decode_output, step, logits, self.batch.top_logprobs)
+        return PendingDecode(self.read_back.start(step.output[: len(reqs)]), finish)
+
     def decode(self, reqs: list[Req]) -> StepOutput:
-        """One token of every request."""
-        step = self._load_step(reqs)
-        logits = self.decode_step.run(step, self._max_len(reqs))  # [bs, vocab]
-        positions = step.seq_lens.long()[:, None] + 1
-        tokens = self.sampler(logits, positions, step.req_pool_indices, self.batch.sampling)[:, 0]
-        pool, indices = self.req_to_token_pool, step.req_pool_indices.long()
-        pool.seq_lens.index_copy_(0, indices, step.seq_lens + (indices > 0))
-        pool.last_token.index_copy_(0, indices, tokens)
-        if self.batch.sampling.changes_logits:
-            pool.penalties.add_outputs(indices, tokens[:, None], torch.ones_like(indices))
-        n = len(reqs)
-        logprobs = None
-        if self.batch.top_logprobs is not None:
-            logprobs = [[t] for t in token_logprobs(logits[:n], tokens[:n], self.batch.top_logprobs)]
-        return StepOutput([[token] for token in tokens[:n].tolist()], logprobs)
+        """One step of every request, from its launch to its tokens."""
+        return self.launch_decode(reqs).read()
 
     def internal_state(self) -> dict[str, Any]:
         metadata = metadata_state(self.nsa_config.selection, self.step_functions, draft_backends=0)
@@ -167,7 +200,7 @@ class TpModelWorker:
 
     @cached_property
     def step_functions(self) -> tuple[StepFunction, ...]:
-        """All functions that a decode step runs."""
+        """All functions with metadata of their own that a decode step runs."""
         return (self.decode_step,)
 
     @cached_property
@@ -175,10 +208,55 @@ class TpModelWorker:
         metadata = StepMetadata(MetadataMode.DECODE, 1, offsets=(1,))
         return StepFunction("decode", self._decode, self.target.attn_backend, metadata)
 
+    @cached_property
+    def step_graphs(self) -> tuple[StepGraph, ...]:
+        """All graphs of a decode step: the whole one by how it samples, and its parts."""
+        return (*self.whole_steps.values(), self.forward_part)
+
+    @cached_property
+    def whole_steps(self) -> dict[SamplingBatchInfo, StepGraph[torch.Tensor]]:
+        """Of each kind of sampling that a graph can hold."""
+        return {
+            sampling: StepGraph(f"step, {name}", self.step_functions, partial(self._step, sampling=sampling))
+            for name, sampling in (("greedy", GREEDY), ("sampled", UNFILTERED))
+        }
+
+    @cached_property
+    def forward_part(self) -> StepGraph[torch.Tensor]:
+        return StepGraph("forward", (self.decode_step,), partial(self._forward, sampling=UNFILTERED))
+
     # ---- a step
 
-    def _decode(self, step: StepInputs, eager: bool) -> torch.Tensor:
-        """The captured function: logits [bs, vocab] of each request's last token."""
+    def _run_step(self, step: StepInputs, max_len: int) -> torch.Tensor:
+        """Returns logits [bs * D, vocab], as the tokens were sampled from them."""
+        sampling = self.batch.sampling
+        whole = self.whole_steps.get(sampling)
+        if whole is not None:
+            return whole.run(step, max_len)
+        logits = self.forward_part.run(step, max_len).float()  # penalties change them
+        self._accept(step, logits, sampling)
+        self._run_after(step, max_len)
+        return logits
+
+    def _step(self, step: StepInputs, sampling: SamplingBatchInfo) -> torch.Tensor:
+        """The whole step, captured."""
+        logits = self._forward(step, sampling)
+        self._accept(step, logits, sampling)
+        self._after(step, sampling)
+        return logits
+
+    def _forward(self, step: StepInputs, sampling: SamplingBatchInfo) -> torch.Tensor:
+        """Logits [bs * D, vocab] of all rows."""
+        return self.decode_step(step)
+
+    def _after(self, step: StepInputs, sampling: SamplingBatchInfo) -> None:
+        """What follows from the accepted tokens: a hook of the speculative worker's."""
+
+    def _run_after(self, step: StepInputs, max_len: int) -> None:
+        """The same in a graph of its own."""
+
+    def _decode(self, step: StepInputs) -> torch.Tensor:
+        """Logits [bs, vocab] of each request's last token."""
         pool = self.req_to_token_pool
         tokens = pool.last_token[step.req_pool_indices.long()]
         forward_batch = self.target.rows_batch(
@@ -186,11 +264,31 @@ class TpModelWorker:
             step.req_pool_indices,
             step.seq_lens + 1,
             tokens[:, None],
-            step.seq_lens.long()[:, None],
+            self.make_rows(step.req_pool_indices, step.seq_lens),
         )
-        if eager:
+        if not step.is_static:
             self.target.attn_backend.init_forward_metadata(forward_batch)
         return self.target.model.compute_logits(self.target.model.forward(forward_batch))
+
+    def _accept(self, step: StepInputs, logits: torch.Tensor, sampling: SamplingBatchInfo) -> None:
+        """Samples the target's tokens, counts the right drafts and advances the requests."""
+        pool, numbers = self.req_to_token_pool, self.row_numbers
+        positions = None if sampling.all_greedy and not sampling.changes_logits else step.seq_lens.long()
+        if positions is not None:  # of the tokens that follow the rows
+            positions = positions[:, None] + numbers + 1
+        tokens = self.sampler(logits, positions, step.req_pool_indices, sampling, step.draft_tokens)
+        advance(tokens.view(-1, self.lookahead), step, pool)
+        if sampling.changes_logits:
+            pool.penalties.add_outputs(step.req_pool_indices.long(), tokens, step.accept_lens)
+
+    def _decode_output(
+        self, step: StepInputs, logits: torch.Tensor, top_logprobs: int | None, tokens: list[list[int]]
+    ) -> StepOutput:
+        if top_logprobs is None:
+            return StepOutput(tokens)
+        n, rows = len(tokens), self.lookahead
+        entries = token_logprobs(logits[: n * rows], step.next_tokens[:n].flatten(), top_logprobs)
+        return StepOutput(tokens, [entries[i * rows : i * rows + len(t)] for i, t in enumerate(tokens)])
 
     def _load_step(self, reqs: list[Req]) -> StepInputs:
         if self.batch is None or self.batch.members != [(req, req.req_pool_idx) for req in reqs]:
@@ -210,8 +308,8 @@ class TpModelWorker:
                 )
 
     def _max_len(self, reqs: list[Req]) -> int:
-        """A bound of all row lengths of the step, from the host's own count."""
-        return max(req.kv_len for req in reqs) + self.lookahead
+        """A bound of all row lengths of the step, from the host's own count, which may be a step behind."""
+        return max(req.kv_len for req in reqs) + self.lookahead * (1 + self.overlaps)
 
     # ---- prefill
 

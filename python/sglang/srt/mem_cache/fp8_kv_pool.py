@@ -12,6 +12,8 @@ from sglang.srt.server_args import ServerArgs
 class FP8MLATokenToKVPool(MLATokenToKVPool):
     """`kv_buffer` holds 656 bytes a slot (`fp8_kv.py`)."""
 
+    stores_rows = False
+
     @staticmethod
     def kv_format(kv_lora_rank: int, qk_rope_head_dim: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
         if (kv_lora_rank, qk_rope_head_dim) != (LATENT, ROPE):

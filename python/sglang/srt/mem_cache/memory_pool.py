@@ -65,6 +65,8 @@ class ReqToTokenPool:
 class MLATokenToKVPool:
     """Latent KV and indexer keys of every layer, paged. Whole tensors, one a layer."""
 
+    stores_rows = True  # a slot of kv_buffer holds a row's latent and rotated key as they are
+
     def __init__(
         self,
         num_pages: int,

@@ -47,3 +47,4 @@ class ForwardBatch:
     extend_seq_lens_cpu: list[int] | None = None  # EXTEND: rows of each request, sum T
     accept_lens: torch.Tensor | None = None  # [bs], int32: DRAFT_EXTEND
     hidden_states: torch.Tensor | None = None  # [T, hidden]: what the NextN layer is fed with, else None
+    rotation: torch.Tensor | None = None  # [T, 1, rope / 2], complex64: of the positions, where it is known

@@ -33,6 +33,12 @@ def capture_batch_sizes(max_bs: int) -> list[int]:
     return sorted({size for size in sizes if size <= max_bs} | {max_bs})
 
 
+def padded_size(batch_sizes: Sequence[int], bs: int) -> int | None:
+    """The first of the sorted sizes that holds bs requests; None where there is none."""
+    index = bisect.bisect_left(batch_sizes, bs)
+    return batch_sizes[index] if index < len(batch_sizes) else None
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """Inputs of one step's functions: static buffers in a captured graph, fresh tensors in an eager pass.
@@ -43,9 +49,10 @@ class StepInputs:
     req_pool_indices: torch.Tensor  # [bs], int32
     seq_lens: torch.Tensor  # [bs], int32: committed lengths
     draft_tokens: torch.Tensor  # [bs, S], int64: out of the draft, into the verification
-    next_tokens: torch.Tensor  # [bs, D], int64: what the target says after each of its D rows
+    output: torch.Tensor  # [bs, D + 1], int64: next_tokens and accept_lens, for the host
     accept_lens: torch.Tensor  # [bs], int32: how many of next_tokens are accepted, 1 .. D
     extend_seq_lens: torch.Tensor  # [bs], int32: committed lengths after this step
+    last_rows: torch.Tensor  # [bs], int64: of the bs * D rows, each request's last accepted one
     hidden_states: torch.Tensor  # [bs, D, hidden]: of the target's D rows
     is_static: bool = False  # what graphs were captured over
 
@@ -60,9 +67,10 @@ class StepInputs:
             req_pool_indices=ints(bs),
             seq_lens=ints(bs, fill=1),
             draft_tokens=ints(bs, num_draft_tokens - 1, dtype=torch.int64),
-            next_tokens=ints(bs, num_draft_tokens, dtype=torch.int64),
+            output=ints(bs, num_draft_tokens + 1, dtype=torch.int64),
             accept_lens=ints(bs, fill=1),
             extend_seq_lens=ints(bs, fill=2),
+            last_rows=ints(bs, dtype=torch.int64),
             hidden_states=torch.zeros((bs, num_draft_tokens, hidden_size), dtype=dtype, device=device),
         )
 
@@ -70,16 +78,25 @@ class StepInputs:
     def bs(self) -> int:
         return self.req_pool_indices.shape[0]
 
+    @property
+    def next_tokens(self) -> torch.Tensor:
+        """[bs, D], int64: what the target says after each of its D rows."""
+        return self.output[:, :-1]
+
     def view(self, bs: int) -> StepInputs:
         """The first bs requests of static inputs."""
         tensors = {name: value[:bs] for name, value in vars(self).items() if name != "is_static"}
         return StepInputs(**tensors, is_static=True)
 
-    def set_batch(self, req_pool_indices: torch.Tensor, pool: ReqToTokenPool) -> None:
-        """Loads a batch of up to bs requests; the rest is padding."""
+    def set_requests(self, req_pool_indices: torch.Tensor) -> None:
+        """Names a batch of up to bs requests; the rest is padding."""
         n = req_pool_indices.shape[0]
         self.req_pool_indices[:n].copy_(req_pool_indices)
         self.req_pool_indices[n:].zero_()
+
+    def set_batch(self, req_pool_indices: torch.Tensor, pool: ReqToTokenPool) -> None:
+        """Names the batch and loads its committed lengths."""
+        self.set_requests(req_pool_indices)
         torch.index_select(pool.seq_lens, 0, self.req_pool_indices, out=self.seq_lens)
 
 
@@ -106,11 +123,16 @@ class GraphRunner(Generic[Outputs]):
 
     def padded(self, bs: int) -> int | None:
         """The captured size that holds bs requests; None where there is none."""
-        index = bisect.bisect_left(self.batch_sizes, bs)
-        return self.batch_sizes[index] if index < len(self.batch_sizes) else None
+        return padded_size(self.batch_sizes, bs)
 
-    def capture(self, prepare: Callable[[int], None], function: Callable[[int], Outputs]) -> None:
-        """Captures `function(bs)` for every batch size; `prepare(bs)` runs before each, outside the graph."""
+    def capture(
+        self,
+        prepare: Callable[[int], None],
+        function: Callable[[int], Outputs],
+        memory_pool: tuple[int, int] | None = None,
+    ) -> None:
+        """Captures `function(bs)` for every batch size; `prepare(bs)` runs before each, outside the graph.
+        `memory_pool` is that of other graphs which never run at the same time."""
         self.function = function
         sizes = sorted(self.batch_sizes, reverse=True)  # the largest first: its memory serves the others
         if self.device.type != "cuda":
@@ -118,7 +140,7 @@ class GraphRunner(Generic[Outputs]):
                 prepare(bs)
             return
         free_before = torch.cuda.mem_get_info(self.device)[0]
-        pool = torch.cuda.graph_pool_handle()
+        pool = memory_pool or torch.cuda.graph_pool_handle()
         with _no_garbage_collection():
             for bs in tqdm(sizes, desc=f"capture {self.name}", unit="graph"):
                 prepare(bs)

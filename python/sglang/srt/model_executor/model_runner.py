@@ -10,6 +10,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool, ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.step_rows import StepRows
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,20 @@ class ModelRunner:
         req_pool_indices: torch.Tensor,  # [bs], int32
         seq_lens: torch.Tensor,  # [bs], int32
         input_ids: torch.Tensor,  # [bs, rows], int64
-        positions: torch.Tensor,  # [bs, rows], int64
+        rows: StepRows,
         *,
         attn_backend: AttentionBackend | None = None,
         hidden_states: torch.Tensor | None = None,  # [bs * rows, hidden]
         accept_lens: torch.Tensor | None = None,  # [bs], int32: rows from there on do not count
     ) -> ForwardBatch:
         """A batch with a fixed number of rows a request, as decode, verify and draft-extend have."""
-        table = self.req_to_token_pool.req_to_token
-        out_cache_loc = table[req_pool_indices.long()[:, None], positions].long()  # [bs, rows]
-        if accept_lens is not None:
-            rows = torch.arange(positions.shape[1], device=positions.device)
-            out_cache_loc = out_cache_loc * (rows < accept_lens[:, None])  # slot 0 takes the others' keys
         return ForwardBatch(
             forward_mode=mode,
             batch_size=req_pool_indices.shape[0],
             input_ids=input_ids.reshape(-1),
-            positions=positions.reshape(-1),
-            out_cache_loc=out_cache_loc.reshape(-1),
+            positions=rows.positions.reshape(-1),
+            out_cache_loc=rows.slots.reshape(-1),
+            rotation=rows.rotation.flatten(0, 1),
             req_pool_indices=req_pool_indices,
             seq_lens=seq_lens,
             accept_lens=accept_lens,

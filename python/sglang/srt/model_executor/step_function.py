@@ -1,10 +1,10 @@
-"""A step's function together with its attention metadata: replayed from a graph, or run eagerly."""
+"""A function of a step together with its attention metadata."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sglang.srt.layers.attention.nsa.metadata import MetadataMode
 from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs
@@ -13,7 +13,7 @@ from sglang.srt.layers.attention.nsa_backend import (
     NativeSparseAttnMultiStepBackend,
 )
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
-from sglang.srt.model_executor.graph_runner import GraphRunner, StepInputs
+from sglang.srt.model_executor.graph_runner import StepInputs
 
 Outputs = TypeVar("Outputs")
 
@@ -25,6 +25,7 @@ class StepMetadata:
     mode: MetadataMode
     rows_per_req: int
     offsets: Sequence[int]  # what each backend adds to the lengths
+    follows_step: bool = False  # its lengths come out of the step itself, so only the graph can generate it
 
     def inputs(
         self, step: StepInputs, backend: NativeSparseAttnBackend, pool: ReqToTokenPool
@@ -40,13 +41,13 @@ class StepMetadata:
 
 
 class StepFunction(Generic[Outputs]):
-    """`body(step, eager)` is the function: eager, it initialises the metadata of its own batch; otherwise
-    it finds the metadata up to date in the graph's buffers."""
+    """`body(step, ...)` is the function. Over static inputs it finds its metadata in the graph's buffers;
+    over others it initialises the metadata of its own batch."""
 
     def __init__(
         self,
         name: str,
-        body: Callable[[StepInputs, bool], Outputs],
+        body: Callable[..., Outputs],
         backend: NativeSparseAttnBackend | NativeSparseAttnMultiStepBackend,
         metadata: StepMetadata,
     ) -> None:
@@ -54,37 +55,29 @@ class StepFunction(Generic[Outputs]):
         self.body = body
         self.backend = backend
         self.metadata = metadata
-        self.runner: GraphRunner[Outputs] | None = None
-        # Bound at capture, so that nothing stands between a replay and its metadata:
-        self._refresh: Callable[[int, int], None] | None = None
-        self._check: Callable[[int], None] | None = None  # where replays are checked
+        self.checks_replays = backend.config.selection.check_replays
+        self.max_len = -1  # of the replay under way; unknown to a captured graph
 
-    def capture(self, inputs: StepInputs, pool: ReqToTokenPool, batch_sizes: Sequence[int]) -> None:
-        """Captures the function over views of the static `inputs`."""
+    def plan(self, inputs: StepInputs, pool: ReqToTokenPool, batch_sizes: Sequence[int]) -> None:
+        """Plans the metadata of each batch size over views of the static `inputs`, once for all graphs."""
         backend, metadata = self.backend, self.metadata
-        backend.init_cuda_graph_state(inputs.bs, metadata.mode, metadata.rows_per_req, metadata.offsets)
-        self._refresh = backend.graph_metadata.replay
-        self._check = backend.check_after_replay if backend.config.selection.check_replays else None
-        views = {bs: inputs.view(bs) for bs in batch_sizes}
+        backend.init_cuda_graph_state(
+            inputs.bs, metadata.mode, metadata.rows_per_req, metadata.offsets, metadata.follows_step
+        )
+        for bs in sorted(batch_sizes, reverse=True):
+            shape_inputs = metadata.inputs(inputs.view(bs), backend, pool)
+            backend.init_forward_metadata_capture_cuda_graph(shape_inputs)
 
-        def prepare(bs: int) -> None:
-            backend.init_forward_metadata_capture_cuda_graph(metadata.inputs(views[bs], backend, pool))
+    def refresh(self, bs: int, max_len: int) -> None:
+        """Before a replay: what the host launches. `max_len` bounds the row lengths, -1 where unknown."""
+        self.max_len = max_len
+        self.backend.graph_metadata.replay(bs, max_len)
 
-        def captured(bs: int) -> Outputs:
-            backend.init_forward_metadata_in_graph(bs)
-            return self.body(views[bs], False)
+    def __call__(self, step: StepInputs, *args: Any) -> Outputs:
+        if step.is_static:
+            self.backend.init_forward_metadata_in_graph(step.bs, self.max_len)
+        return self.body(step, *args)
 
-        self.runner = GraphRunner(self.name, backend.config.device, batch_sizes)
-        self.runner.capture(prepare, captured)
-
-    def replay(self, bs: int, max_len: int) -> Outputs:
-        """Runs the captured batch size over the static inputs. `max_len` bounds the row lengths."""
-        self._refresh(bs, max_len)
-        outputs = self.runner.replay(bs)
-        if self._check is not None:
-            self._check(bs)
-        return outputs
-
-    def run(self, step: StepInputs, max_len: int) -> Outputs:
-        """Over the static inputs from the graph, over others eagerly."""
-        return self.replay(step.bs, max_len) if step.is_static else self.body(step, True)
+    def check(self, bs: int) -> None:
+        """After a replay, where replays are checked: metadata that the graph generated."""
+        self.backend.check_after_replay(bs)

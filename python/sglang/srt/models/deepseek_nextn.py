@@ -14,6 +14,7 @@ from torch import nn
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import Layer, linear
 from sglang.srt.layers.rotary import RotaryEmbedding
+from sglang.srt.layers.triton_kernels import runs_triton
 from sglang.srt.model_config import ModelConfig
 from sglang.srt.models.deepseek_v32 import DeepseekV32DecoderLayer
 
@@ -39,6 +40,7 @@ class DeepseekV3ForCausalLMNextN(Layer):
         self.decoder = DeepseekV32DecoderLayer(config, config.num_hidden_layers, 0, **options)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(hidden, eps, **options)})
         self.rotary_emb = RotaryEmbedding(config.rope, config.qk_rope_head_dim, device)
+        self.fused = runs_triton(device)
         self.embed: torch.Tensor | None = None  # [vocab, hidden]: the target's
         self.head: torch.Tensor | None = None  # [vocab, hidden]: the target's
         self.requires_grad_(False)
@@ -52,17 +54,28 @@ class DeepseekV3ForCausalLMNextN(Layer):
         """Reads input_ids and hidden_states [T, hidden]. Returns hidden states after the head's norm."""
         assert self.embed is not None, "set_embed_and_head comes first"
         assert forward_batch.hidden_states is not None
-        rotation = self.rotary_emb(forward_batch.positions)
-        embedded = self.enorm(F.embedding(forward_batch.input_ids, self.embed))
-        previous = self.hnorm(forward_batch.hidden_states.to(embedded.dtype))
-        x = self.eh_proj(torch.cat((embedded, previous), dim=-1))
-        return self.shared_head["norm"](self.decoder(x, rotation, forward_batch))
+        rotation = forward_batch.rotation
+        if rotation is None:
+            rotation = self.rotary_emb(forward_batch.positions)
+        x = self.eh_proj(self._inputs(forward_batch.input_ids, forward_batch.hidden_states))
+        x, delta = self.decoder(x, None, rotation, forward_batch)
+        return self.shared_head["norm"].add(x, delta)[0]
+
+    def _inputs(self, input_ids: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """input_ids [T], hidden_states [T, hidden] -> [T, 2 * hidden]"""
+        if self.fused:
+            from sglang.srt.layers.triton_kernels.nextn_inputs import nextn_inputs
+
+            norms = ((norm.weight, norm.eps) for norm in (self.enorm, self.hnorm))
+            return nextn_inputs(input_ids, self.embed, hidden_states, *norms)
+        embedded = self.enorm(F.embedding(input_ids, self.embed))
+        return torch.cat((embedded, self.hnorm(hidden_states.to(embedded.dtype))), dim=-1)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, hidden] -> [R, vocab], float32"""
+        """hidden [R, hidden] -> [R, vocab], in the model's dtype"""
         assert self.head is not None, "set_embed_and_head comes first"
-        return F.linear(hidden, self.head).float()
+        return F.linear(hidden, self.head)
 
     @property
     def _prefix(self) -> str:

@@ -15,9 +15,10 @@ from torch import nn
 
 from sglang.srt.layers.attention.base_attn_backend import MLAInputs
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import Layer, linear, multiply_heads
+from sglang.srt.layers.linear import Layer, linear, multiply_heads, stacked
 from sglang.srt.layers.moe import DeepseekMoE, GatedMLP
 from sglang.srt.layers.rotary import RotaryEmbedding, apply_rotary_half, apply_rotary_interleaved
+from sglang.srt.layers.triton_kernels import runs_triton
 from sglang.srt.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -81,9 +82,21 @@ class MLAttention(Layer):
         # Views into kv_b_proj, which the loader fills in place: [H, nope, C] and [H, v_head_dim, C].
         per_head = self.kv_b_proj.weight.detach().unflatten(0, (heads, -1))
         self.w_uk, self.w_uv = per_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        self.fused = runs_triton(device) and not bias
+        if self.fused:  # one product for all that is made of x, one for all that is made of q_latent
+            self.from_hidden = stacked(self.q_a_proj, self.kv_a_proj_with_mqa, self.indexer.wk)
+            self.from_q_latent = stacked(self.q_b_proj, self.indexer.wq_b)
+            self.indexer.weights_proj.products = ()  # its kernel wants the inputs side by side
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """x [T, hidden], rotation [T, 1, rope / 2] complex64 -> [T, hidden]"""
+        make_inputs = self._fused_inputs if self.fused else self._inputs
+        inputs = make_inputs(x, rotation, forward_batch)
+        latents = forward_batch.attn_backend.forward(self.layer_id, inputs, forward_batch)  # [T, H, C]
+        values = multiply_heads(latents, self.w_uv.transpose(1, 2))  # [T, H, v_head_dim]
+        return self.o_proj(values.flatten(1))
+
+    def _inputs(self, x: torch.Tensor, rotation: torch.Tensor, forward_batch: ForwardBatch) -> MLAInputs:
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_b_proj(q_latent).unflatten(-1, (self.config.num_attention_heads, -1))
         q_nope, q_rope = q.split(self.q_head_dims, dim=-1)
@@ -92,7 +105,7 @@ class MLAttention(Layer):
         if forward_batch.attn_backend.selects_keys():
             q_index, index_weights = self.indexer.queries(x, q_latent, rotation)
         q_nope, q_rope = self._absorbed(q_nope, apply_rotary_interleaved(q_rope, rotation))
-        inputs = MLAInputs(
+        return MLAInputs(
             q_nope=q_nope,
             q_rope=q_rope,
             kv_latent=self.kv_a_layernorm(kv_latent),
@@ -102,9 +115,6 @@ class MLAttention(Layer):
             index_weights=index_weights,
             softmax_scale=self.config.softmax_scale,
         )
-        latents = forward_batch.attn_backend.forward(self.layer_id, inputs, forward_batch)  # [T, H, C]
-        values = multiply_heads(latents, self.w_uv.transpose(1, 2))  # [T, H, v_head_dim]
-        return self.o_proj(values.flatten(1))
 
     def _absorbed(self, q_nope: torch.Tensor, q_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q_nope [T, H, nope] becomes [T, H, C]. On CUDA it and q_rope [T, H, R] then lie side by side in one
@@ -116,6 +126,53 @@ class MLAttention(Layer):
         multiply_heads(q_nope, self.w_uk, out=absorbed)
         rotated.copy_(q_rope)
         return absorbed, rotated
+
+    def _fused_inputs(
+        self, x: torch.Tensor, rotation: torch.Tensor, forward_batch: ForwardBatch
+    ) -> MLAInputs:
+        """The same in seven launches, with the keys written on the way. The halves of the query lie side by
+        side in one tensor, as kernels read them."""
+        from sglang.srt.layers.triton_kernels.latents import write_latents
+        from sglang.srt.layers.triton_kernels.rotate_queries import rotate_queries
+        from sglang.srt.layers.triton_kernels.small_linear import small_linear
+
+        pool, loc, indexer = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc, self.indexer
+        kv = pool.kv_buffer[self.layer_id] if pool.stores_rows else x.new_empty((len(x), sum(self.kv_dims)))
+        q_latent = write_latents(
+            F.linear(x, self.from_hidden),
+            rotation,
+            loc,
+            (self.q_a_layernorm.weight, self.q_a_layernorm.eps),
+            (self.kv_a_layernorm.weight, self.kv_a_layernorm.eps),
+            (indexer.k_norm.weight, indexer.k_norm.bias, indexer.k_norm.eps),
+            kv,
+            pool.index_k_buffer[self.layer_id],
+            by_slot=pool.stores_rows,
+        )
+        if not pool.stores_rows:
+            pool.set_mla_kv_buffer(self.layer_id, loc, *kv.split(self.kv_dims, dim=-1))
+        selects = forward_batch.attn_backend.selects_keys()
+        split = self.q_b_proj.out_features
+        queries = F.linear(q_latent, self.from_q_latent if selects else self.q_b_proj.weight)
+        heads = queries[:, :split].unflatten(-1, (self.config.num_attention_heads, -1))
+        q_index = index_weights = None
+        if selects:
+            q_index = queries[:, split:].unflatten(-1, (indexer.n_heads, indexer.head_dim))
+            index_weights = small_linear(x, indexer.weights_proj.weight, indexer.scale)
+        q = x.new_empty((*heads.shape[:2], sum(self.kv_dims)))
+        q_nope, q_rope = q.split(self.kv_dims, dim=-1)
+        multiply_heads(heads[..., : self.q_head_dims[0]], self.w_uk, out=q_nope)
+        rotate_queries(heads, q_rope, q_index, rotation)
+        return MLAInputs(
+            q_nope=q_nope,
+            q_rope=q_rope,
+            kv_latent=None,
+            k_rope=None,
+            q_index=q_index,
+            k_index=None,
+            index_weights=index_weights,
+            softmax_scale=self.config.softmax_scale,
+        )
 
 
 class DeepseekV32DecoderLayer(Layer):
@@ -143,10 +200,18 @@ class DeepseekV32DecoderLayer(Layer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
 
-    def forward(self, x: torch.Tensor, rotation: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
-        """x [T, hidden], rotation [T, 1, rope / 2] complex64 -> [T, hidden]"""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, forward_batch)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        rotation: torch.Tensor,
+        forward_batch: ForwardBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + delta [T, hidden] comes in, and goes out, as two: the next norm adds them. Rotation
+        [T, 1, rope / 2], complex64."""
+        normed, x = self.input_layernorm.add(x, delta)
+        normed, x = self.post_attention_layernorm.add(x, self.self_attn(normed, rotation, forward_batch))
+        return x, self.mlp(normed)
 
 
 class DeepseekV32Model(Layer):
@@ -161,11 +226,13 @@ class DeepseekV32Model(Layer):
         self.rotary_emb = RotaryEmbedding(config.rope, config.qk_rope_head_dim, device)
 
     def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
-        rotation = self.rotary_emb(forward_batch.positions)
-        x = self.embed_tokens(forward_batch.input_ids)
+        rotation = forward_batch.rotation
+        if rotation is None:
+            rotation = self.rotary_emb(forward_batch.positions)
+        x, delta = self.embed_tokens(forward_batch.input_ids), None
         for layer in self.layers:
-            x = layer(x, rotation, forward_batch)
-        return self.norm(x)
+            x, delta = layer(x, delta, rotation, forward_batch)
+        return self.norm.add(x, delta)[0]
 
 
 class DeepseekV32ForCausalLM(Layer):
@@ -181,6 +248,10 @@ class DeepseekV32ForCausalLM(Layer):
             self.lm_head.products = ()
         self.requires_grad_(False)
 
+    @property
+    def rotary_emb(self) -> RotaryEmbedding:
+        return self.model.rotary_emb
+
     @torch.inference_mode()
     def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
         """Runs all layers. Returns the hidden states after the final norm, [T, hidden]."""
@@ -188,8 +259,8 @@ class DeepseekV32ForCausalLM(Layer):
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, hidden] -> [R, vocab], float32"""
-        return F.linear(hidden, self.lm_head.weight).float()
+        """hidden [R, hidden] -> [R, vocab], in the model's dtype"""
+        return F.linear(hidden, self.lm_head.weight)
 
     def checkpoint_weights(self) -> dict[str, torch.Tensor]:
         """Every weight to fill, by its name in the checkpoint."""

@@ -20,6 +20,11 @@ class SamplingBatchInfo:
     def of(cls, params: Sequence[SamplingParams]) -> SamplingBatchInfo:
         return cls(
             all_greedy=all(p.temperature == 0 for p in params),
-            needs_filter=any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params),
+            needs_filter=any(p.temperature > 0 and p.filters for p in params),
             changes_logits=any(p.changes_logits for p in params),
         )
+
+
+GREEDY = SamplingBatchInfo(all_greedy=True, needs_filter=False, changes_logits=False)
+# Of requests about which nothing is known but that no filter and no penalty is looked at.
+UNFILTERED = SamplingBatchInfo(all_greedy=False, needs_filter=False, changes_logits=False)

@@ -38,6 +38,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return (self.frequency_penalty, self.presence_penalty, self.repetition_penalty) != (0, 0, 1)
 
     @property
+    def filters(self) -> bool:
+        """Whether some tokens cannot be sampled, where any is sampled."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
     def changes_logits(self) -> bool:
         return self.counts_outputs or bool(self.logit_bias) or self.min_new_tokens > 0
 

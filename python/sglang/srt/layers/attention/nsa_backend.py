@@ -67,9 +67,15 @@ class _GraphHooks:
     graph_metadata: GraphMetadata | None = None
 
     def init_cuda_graph_state(
-        self, max_bs: int, mode: MetadataMode, rows_per_req: int, offsets: Sequence[int]
+        self,
+        max_bs: int,
+        mode: MetadataMode,
+        rows_per_req: int,
+        offsets: Sequence[int],
+        in_graph: bool = False,
     ) -> None:
-        """Allocates the graph-owned metadata; `offsets` is what each backend adds to the lengths."""
+        """Allocates the graph-owned metadata; `offsets` is what each backend adds to the lengths. With
+        `in_graph` it is generated in the graph, whatever the layout."""
         shape = self.config.shape(mode, max_bs, rows_per_req)
         self.graph_metadata = GraphMetadata(
             self.config.selection,
@@ -78,6 +84,7 @@ class _GraphHooks:
             self.config.device,
             prepare=self.config.decode_ops.prepare,
             reads=self.config.decode_ops.reads,
+            in_graph=in_graph,
         )
 
     def init_forward_metadata_capture_cuda_graph(self, inputs: MetadataInputs) -> None:
@@ -86,15 +93,15 @@ class _GraphHooks:
         self.graph_metadata.capture(inputs)
         self.graph_metadata.replay(inputs.shape.bs, -1)
 
-    def init_forward_metadata_in_graph(self, bs: int) -> None:
+    def init_forward_metadata_in_graph(self, bs: int, max_len: int = -1) -> None:
         """The first thing that the captured function does; a replay of a CUDA graph has it behind it."""
         for backend, metadata in zip(self.attn_backends, self.graph_metadata.backends[bs]):
             backend.use(metadata)
-        self.graph_metadata.run_in_graph(bs)
+        self.graph_metadata.run_in_graph(bs, max_len)
 
     def check_after_replay(self, bs: int) -> None:
         """Metadata that the graph itself generates can only be checked once the graph has run."""
-        if self.graph_metadata.path.in_graph:
+        if self.graph_metadata.in_graph:
             self.graph_metadata.check(bs)
 
 
@@ -132,8 +139,9 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
     def forward(self, layer_id: int, inputs: MLAInputs, forward_batch: ForwardBatch) -> torch.Tensor:
         """Writes the layer's keys, selects the top-k slots and attends: [T, H, kv_lora_rank]."""
         pool, loc = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc
-        pool.set_mla_kv_buffer(layer_id, loc, inputs.kv_latent, inputs.k_rope)
-        pool.set_index_k_buffer(layer_id, loc, inputs.k_index)
+        if inputs.kv_latent is not None:
+            pool.set_mla_kv_buffer(layer_id, loc, inputs.kv_latent, inputs.k_rope)
+            pool.set_index_k_buffer(layer_id, loc, inputs.k_index)
 
         metadata = self.forward_metadata
         if not self.selects_keys():

@@ -48,11 +48,11 @@ def precompute_metadata(
     elif shape.mode is MetadataMode.TARGET_VERIFY:
         cache_seqlens = seq_lens + shape.rows_per_req
         lengths = (seq_lens[:, None] + _steps(inputs) + 1).flatten()
-        tokens = _request_tokens(inputs, width).repeat_interleave(shape.rows_per_req, dim=0)
+        tokens = _row_tokens(inputs, width)
     else:
         cache_seqlens = seq_lens
         lengths = _draft_extend_lengths(inputs, seq_lens)
-        tokens = _request_tokens(inputs, width).repeat_interleave(shape.rows_per_req, dim=0)
+        tokens = _row_tokens(inputs, width)
 
     nsa_cache_seqlens = lengths.clamp(max=shape.topk)
     return PrecomputedMetadata(
@@ -73,6 +73,11 @@ def _steps(inputs: MetadataInputs) -> torch.Tensor:  # [rows_per_req], int32
 
 def _request_tokens(inputs: MetadataInputs, width: int) -> torch.Tensor:  # [bs, width], int32
     return inputs.req_to_token[:, :width].index_select(0, inputs.req_pool_indices)
+
+
+def _row_tokens(inputs: MetadataInputs, width: int) -> torch.Tensor:  # [E, width], int32
+    rows = _request_tokens(inputs, width)[:, None].expand(-1, inputs.shape.rows_per_req, -1)
+    return rows.flatten(0, 1)
 
 
 def _draft_extend_lengths(inputs: MetadataInputs, seq_lens: torch.Tensor) -> torch.Tensor:  # [E], int32

@@ -201,17 +201,19 @@ class GraphMetadata:
         methods: MetadataMethods | None = None,
         prepare: Prepare | None = None,
         reads: frozenset[str] = ALL_FIELDS,
+        in_graph: bool = False,
     ) -> None:
         """`methods` replaces those that the selection stands for: what a benchmark compares. `prepare`
         makes what the metadata's reader needs beside it, once for each batch size and set of lengths, and
-        `reads` is what the reader declares: layout indirect has nothing else."""
+        `reads` is what the reader declares: layout indirect has nothing else. With `in_graph` the stages of
+        any path are the graph's first nodes: where the lengths come out of the graph itself."""
         self.selection = selection
         self.prepare = prepare
         self.device = device
         self.width = max_shape.width
         self.max_shape = max_shape
         self.path = PATHS[selection.path]
-        self._in_graph, self._checks = self.path.in_graph, selection.check_replays
+        self.in_graph, self._checks = in_graph or self.path.in_graph, selection.check_replays
         self.offsets = tuple(offsets)
         self.methods, self.fallback_reason = (
             (methods, None) if methods is not None else select_methods(selection, device)
@@ -250,7 +252,7 @@ class GraphMetadata:
     def replay(self, bs: int, max_len: int) -> None:
         """Before a replay: all host-launched stages. `max_len` bounds the rows' lengths (-1: unknown)."""
         self.replays += 1
-        if self._in_graph:
+        if self.in_graph:
             return
         if max_len > self.width:
             max_len = self.width
@@ -262,10 +264,10 @@ class GraphMetadata:
         if self._checks:
             self.check(bs)
 
-    def run_in_graph(self, bs: int) -> None:
-        """Inside the captured function, before the first layer."""
-        if self._in_graph:
-            self._or_fall_back(lambda: self._launch[bs](-1))
+    def run_in_graph(self, bs: int, max_len: int = -1) -> None:
+        """Inside the captured function, before the first layer. A graph of CUDA's knows no `max_len`."""
+        if self.in_graph:
+            self._or_fall_back(lambda: self._launch[bs](min(max_len, self.width)))
 
     def check(self, bs: int) -> None:
         """Raises MetadataMismatchError where the backends differ from the torch reference."""

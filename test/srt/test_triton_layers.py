@@ -1,0 +1,220 @@
+"""The fused layers' kernels against the plain layers: on a GPU (`-m gpu`), or in Triton's interpreter
+(TRITON_INTERPRET=1), where a whole engine runs with them, too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.rotary import apply_rotary_half, apply_rotary_interleaved
+from sglang.srt.layers.triton_kernels import INTERPRETED
+from sglang.srt.speculative.eagle_info import count_accepted
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 2e-2, "atol": 1e-2}}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def rotations(rows: int, rope: int) -> torch.Tensor:
+    angles = randn(rows, 1, rope // 2)
+    return torch.complex(angles.cos(), angles.sin())
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 256), (5, 48), (3, 1000), (0, 64)])
+def test_add_norm(rows: int, size: int, dtype: torch.dtype) -> None:
+    from sglang.srt.layers.triton_kernels.add_norm import add_norm
+
+    x, delta, weight = (
+        randn(rows, size, dtype=dtype),
+        randn(rows, size, dtype=dtype, seed=1),
+        randn(size, dtype=dtype),
+    )
+    normed, total = add_norm(x, delta, weight, 1e-6)
+    # The interpreter cuts bfloat16 off instead of rounding it.
+    exact = dtype == torch.float32 or not INTERPRETED
+    torch.testing.assert_close(total, x + delta, **({"rtol": 0, "atol": 0} if exact else TOLERANCES[dtype]))
+    torch.testing.assert_close(normed, rms_norm(x + delta, weight, 1e-6), **TOLERANCES[dtype])
+    alone, same = add_norm(x, None, weight, 1e-6)
+    assert same is x
+    torch.testing.assert_close(alone, rms_norm(x, weight, 1e-6), **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_slot", [True, False])
+@pytest.mark.parametrize("sizes", [(24, 32, 8, 16), (128, 64, 16, 32), (50, 20, 4, 4)], ids=str)
+def test_write_latents(sizes: tuple[int, int, int, int], by_slot: bool, dtype: torch.dtype) -> None:
+    from sglang.srt.layers.triton_kernels.latents import write_latents
+
+    q_size, latent, rope, index_dim = sizes
+    rows, slots = 5, torch.tensor([3, 0, 7, 6, 2], device=DEVICE)
+    projected = randn(rows, sum(sizes), dtype=dtype)
+    q_w, kv_w, k_w, k_b = (randn(n, dtype=dtype) for n in (q_size, latent, index_dim, index_dim))
+    rotation = rotations(rows, rope)
+    kv = torch.zeros((9 if by_slot else rows, latent + rope), dtype=dtype, device=DEVICE)
+    index_k = torch.zeros((9, index_dim), dtype=dtype, device=DEVICE)
+    q = write_latents(
+        projected, rotation, slots, (q_w, 1e-6), (kv_w, 1e-6), (k_w, k_b, 1e-6), kv, index_k, by_slot
+    )
+
+    q_in, kv_in, rope_in, index_in = projected.split(sizes, dim=1)
+    close = TOLERANCES[dtype]
+    torch.testing.assert_close(q, rms_norm(q_in, q_w, 1e-6), **close)
+    at = slots if by_slot else torch.arange(rows, device=DEVICE)
+    torch.testing.assert_close(kv[at, :latent], rms_norm(kv_in, kv_w, 1e-6), **close)
+    rotated = apply_rotary_interleaved(rope_in[:, None], rotation).squeeze(1)
+    torch.testing.assert_close(kv[at, latent:], rotated, **close)
+    normed = F.layer_norm(index_in.float(), (index_dim,), k_w.float(), k_b.float(), 1e-6).to(dtype)
+    keys = apply_rotary_half(normed[:, None], rotation).squeeze(1)
+    torch.testing.assert_close(index_k[slots], keys, **close)
+    assert not index_k[[1, 4, 5, 8]].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index_heads", [0, 3, 16])
+def test_rotate_queries(index_heads: int, dtype: torch.dtype) -> None:
+    from sglang.srt.layers.triton_kernels.rotate_queries import rotate_queries
+
+    rows, heads, nope, rope, index_dim = 4, 11, 6, 8, 20
+    projected = randn(rows, heads * (nope + rope) + index_heads * index_dim, dtype=dtype)
+    before = projected.clone()
+    rotation = rotations(rows, rope)
+
+    def views(of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, q_index = of.split((heads * (nope + rope), index_heads * index_dim), dim=1)
+        return q.unflatten(1, (heads, -1)), q_index.reshape(rows, index_heads, index_dim)
+
+    q = projected[:, : heads * (nope + rope)].unflatten(1, (heads, -1))
+    q_index = None
+    if index_heads:
+        q_index = projected[:, heads * (nope + rope) :].unflatten(1, (index_heads, -1))
+    q_rope = torch.empty((rows, heads, 3 + rope), dtype=dtype, device=DEVICE)[..., 3:]
+    rotate_queries(q, q_rope, q_index, rotation)
+    expected, expected_index = views(before)
+    assert torch.equal(q, expected)
+    torch.testing.assert_close(
+        q_rope, apply_rotary_interleaved(expected[..., nope:], rotation), **TOLERANCES[dtype]
+    )
+    if q_index is not None:
+        torch.testing.assert_close(q_index, apply_rotary_half(expected_index, rotation), **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "outputs", "size"), [(1, 8, 48), (5, 7, 1500), (65, 4, 20), (0, 3, 8)])
+def test_small_linear(rows: int, outputs: int, size: int, dtype: torch.dtype) -> None:
+    from sglang.srt.layers.triton_kernels.small_linear import small_linear
+
+    x, weight = randn(rows, size, dtype=dtype), randn(outputs, size)
+    torch.testing.assert_close(
+        small_linear(x, weight, 0.25), F.linear(x.float(), weight) * 0.25, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "top_groups", "topk"), [(8, 4, 2, 3), (4, 1, 1, 2), (256, 8, 4, 8), (12, 3, 3, 5)]
+)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_route(experts: int, groups: int, top_groups: int, topk: int, normalise: bool) -> None:
+    from sglang.srt.layers.moe import choose_experts
+    from sglang.srt.layers.triton_kernels.route import route
+
+    logits, bias = randn(33, experts), 0.1 * randn(experts)
+    found_weights, found = route(logits, bias, groups, top_groups, topk, normalise, 2.5)
+    weights, expected = choose_experts(logits, bias, groups, top_groups, topk, normalise, 2.5)
+    order = expected.argsort(dim=1)
+    assert torch.equal(found, expected.gather(1, order))
+    torch.testing.assert_close(found_weights, weights.gather(1, order))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 48), (2, 3, 3000), (0, 8)], ids=str)
+def test_silu_and_mul(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from sglang.srt.layers.triton_kernels.silu_and_mul import silu_and_mul
+
+    x = randn(*shape, dtype=dtype)
+    gate, up = x.chunk(2, dim=-1)
+    torch.testing.assert_close(silu_and_mul(x), F.silu(gate) * up, **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_step_rows(rows: int) -> None:
+    from sglang.srt.layers.triton_kernels.step_rows import step_rows
+
+    requests = torch.tensor([4, 0, 2], dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([17, 1, 30], dtype=torch.int32, device=DEVICE)
+    table = torch.randint(0, 1 << 20, (6, 40), dtype=torch.int32).to(DEVICE)
+    angles = rotations(40, 6).squeeze(1)
+    positions, slots, rotation = step_rows(requests, lengths, table, angles, rows)
+    expected = lengths.long()[:, None] + torch.arange(rows, device=DEVICE)
+    assert torch.equal(positions, expected)
+    assert torch.equal(slots, table[requests.long()[:, None], expected].long())
+    assert torch.equal(rotation, angles[expected][:, :, None])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 10])
+def test_accept(rows: int) -> None:
+    from sglang.srt.layers.triton_kernels.accept import accept
+
+    bs = 64
+    generator = torch.Generator().manual_seed(rows)
+    tokens = torch.randint(0, 2, (bs, rows), generator=generator).to(DEVICE)
+    drafts = torch.randint(0, 2, (bs, rows - 1), generator=generator).to(DEVICE)
+    requests = torch.randperm(bs, generator=generator).int().to(DEVICE)
+    requests[::9] = 0
+    lengths = torch.arange(1, bs + 1, dtype=torch.int32, device=DEVICE)
+    output = torch.zeros((bs, rows + 1), dtype=torch.int64, device=DEVICE)
+    accept_lens, extend = (torch.zeros(bs, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    last_rows = torch.full((bs,), -5, dtype=torch.int64, device=DEVICE)
+    pool_lens = torch.full((bs,), -5, dtype=torch.int32, device=DEVICE)
+    pool_last = torch.full((bs,), -5, dtype=torch.int64, device=DEVICE)
+    accept(tokens, drafts, requests, lengths, output, accept_lens, extend, last_rows, pool_lens, pool_last)
+    accepted = count_accepted(drafts, tokens) * (requests > 0)
+    assert torch.equal(accept_lens, accepted) and torch.equal(output[:, -1], accepted.long())
+    assert torch.equal(output[:, :-1], tokens)
+    assert torch.equal(extend, lengths + accepted)
+    starts = torch.arange(0, bs * rows, rows, device=DEVICE)
+    assert torch.equal(last_rows, starts + (accepted - 1).clamp(min=0))
+    for i, request in enumerate(requests.tolist()):
+        if request:
+            assert pool_lens[request] == extend[i]
+            assert pool_last[request] == tokens[i, accepted[i] - 1]
+    assert pool_lens[0] == pool_last[0] == -5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_dtype", DTYPES)
+def test_nextn_inputs(dtype: torch.dtype, hidden_dtype: torch.dtype) -> None:
+    from sglang.srt.layers.triton_kernels.nextn_inputs import nextn_inputs
+
+    embed, hidden = randn(11, 48, dtype=dtype), randn(4, 48, dtype=hidden_dtype)
+    first, second = randn(48, dtype=dtype), randn(48, dtype=dtype, seed=1)
+    tokens = torch.tensor([3, 10, 0, 3], device=DEVICE)
+    out = nextn_inputs(tokens, embed, hidden, (first, 1e-6), (second, 1e-5))
+    parts = (rms_norm(embed[tokens], first, 1e-6), rms_norm(hidden.to(dtype), second, 1e-5))
+    torch.testing.assert_close(out, torch.cat(parts, dim=1), **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 7), (5, 512), (3, 20000), (0, 4)])
+def test_argmax(rows: int, size: int, dtype: torch.dtype) -> None:
+    """Ties abound; the first of equals is the one."""
+    from sglang.srt.layers.triton_kernels.argmax import argmax
+
+    logits = randn(rows, size).mul(2).round().to(dtype)
+    first = (
+        (logits == logits.amax(dim=1, keepdim=True)).int().cumsum(1).cumsum(1) == 1 if rows else logits > 9
+    )
+    assert torch.equal(argmax(logits), first.int().argmax(dim=1))
+    if rows:
+        logits[0] = float("-inf")
+        assert argmax(logits)[0] == 0
