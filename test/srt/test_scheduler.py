@@ -238,6 +238,6 @@ def test_decoding_keeps_its_speed_while_prompts_arrive(
             harness.send(prompt_of(16, seed=len(harness.results)), max_new_tokens=1)
         harness.step()
     per_token = (clock.now - began) / (100 - seen)
-    assert 0.12 < per_token < 0.13 + 0.5 / (100 - seen)  # one pass may be begun and not yet paid
+    assert 0.11 < per_token < 0.12 + 0.5 / (100 - seen)  # one pass may be begun and not yet paid
     harness.finish()
     assert harness.results[runner].output_ids == expected
