@@ -104,6 +104,7 @@ class Row:
     ratio: float  # tpot of the first path / this tpot, median over rounds
     accept_length: float | None
     same: float  # share of the answers that equal the first path's
+    repeats: float  # share of the answers that equal this server's own of the round before
     tables_mib: float  # page tables that the server keeps
     fallbacks: int
 
@@ -114,6 +115,7 @@ class Answers:
 
     tpot_ms: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
     tokens: int = 0  # of all rounds, without the first of each answer, which is the prefill's
     verifications: int = 0
     state: dict[str, Any] = field(default_factory=dict)
@@ -186,7 +188,7 @@ def measure_case(
             if errors:
                 raise SystemExit(f"{candidate.name}, {case}: {errors[0]}")
             mine = answers[candidate.name]
-            mine.texts = [result.text for result in results]
+            mine.before, mine.texts = mine.texts, [result.text for result in results]
             mine.state = summary["server_info"]["internal_states"][0]["nsa_metadata"]
             if number == 0:
                 continue
@@ -203,14 +205,20 @@ def measure_case(
             tpot_rounds_ms=[round(value, 4) for value in mine.tpot_ms],
             ratio=round(statistics.median(a / b for a, b in zip(first.tpot_ms, mine.tpot_ms)), 4),
             accept_length=mine.tokens / mine.verifications if mine.verifications else None,
-            same=sum(map(str.__eq__, mine.texts, first.texts)) / len(first.texts),
+            same=equal_share(mine.texts, first.texts),
+            repeats=equal_share(mine.texts, mine.before),
             tables_mib=mine.state["page_table_bytes"] / 2**20,
             fallbacks=mine.state["fallbacks"],
         )
 
 
+def equal_share(texts: Sequence[str], others: Sequence[str]) -> float:
+    return sum(map(str.__eq__, texts, others)) / len(texts)
+
+
 def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
-    """Every path in every case; where servers run one by one, the cases of one path come together."""
+    """Every path in every case; where servers run one by one, the cases of one path come together. Written
+    after each case, so that nothing is lost where the machine is taken away."""
     model, flags = model_folder(args, folder)
     chosen = candidates(model, flags, args)
     rows: list[Row] = []
@@ -226,7 +234,19 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
                 for row in measure_case(servers, model, case, args, folder):
                     rows.append(row)
                     print_row(row)
+                if args.out is not None:
+                    write(result_of(rows, args), args.out)
+            for _, server in coming:  # together: each takes its time to end
+                server.process.terminate()
     return rows
+
+
+def result_of(rows: Sequence[Row], args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON of a run."""
+    run = {key: getattr(args, key) for key in ("output_len", "rounds", "steps", "one_by_one")}
+    run |= {"model": Path(args.model).name}
+    machine = environment(torch.device(args.device)) | {"device_type": args.device}
+    return {"machine": machine, "run": run, "rows": [asdict(row) for row in rows]}
 
 
 HEADER = (
@@ -256,12 +276,15 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
         lines.append([path, *(f"{row['tpot_ms']:.3f} ({row['ratio']:.2f}x)" for row in here)])
     rest = [
         [path, *(f"{found[path, cases[-1]][key]:.2f}" if found[path, cases[-1]][key] is not None else None
-                 for key in ("accept_length", "tables_mib", "same"))]
+                 for key in ("accept_length", "tables_mib", "same", "repeats"))]
         for path in paths
     ]  # fmt: skip
     return [
         Table(["ms per output token (speed-up), requests x prompt", *cases], lines),
-        Table([f"{cases[-1]}", "accept length", "page tables MiB", "equal answers"], rest),
+        Table(
+            [f"{cases[-1]}", "accept length", "page tables MiB", "equals the first", "its own before"],
+            rest,
+        ),
     ]
 
 
@@ -288,7 +311,8 @@ def plot(rows: Sequence[dict[str, Any]], where: str, path: Path) -> None:
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
-    """The table and the picture beside the JSON."""
+    """The JSON, and its table and picture beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
     name, about = f"server_paths_{result['run']['model']}", result["machine"]
     (folder / f"{name}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     text = "\n\n".join(map(str, tables(result["rows"])))
@@ -327,12 +351,6 @@ def main() -> int:
         args.logs = Path(folder)
         rows = measure(args, Path(folder))
     print("\n" + "\n\n".join(map(str, tables([asdict(row) for row in rows]))))
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        run = {key: getattr(args, key) for key in ("output_len", "rounds", "steps", "one_by_one")}
-        run |= {"model": Path(args.model).name}
-        machine = environment(torch.device(args.device)) | {"device_type": args.device}
-        write({"machine": machine, "run": run, "rows": [asdict(row) for row in rows]}, args.out)
     different = [row.path for row in rows if row.same < 1 and args.device == "cpu"]
     fallen = [row.path for row in rows if row.fallbacks]
     for what, names in (("answers differ from the first path's", different), ("fell back to torch", fallen)):

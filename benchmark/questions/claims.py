@@ -14,9 +14,9 @@ STEPS = (4, 8)  # speculative steps S; N = S - 1 backends
 BS, CONTEXT = 32, 16384
 # What the seeds and SGLang's pull request 14781 say: microseconds before and after, ratio, launches.
 CLAIMS = {
-    "seeds, 4 steps": (700.0, 235.0, "3.0x", None),
-    "seeds, 8 steps": (1400.0, 295.0, "4.8x", None),
-    "SGLang #14781": (642.0, 437.0, "1.5x", "60 -> 40"),
+    "seeds, 4 steps": (700, 235, "3.0x", None),
+    "seeds, 8 steps": (1400, 295, "4.8x", None),
+    "SGLang #14781": (642, 437, "1.5x", "60 -> 40"),
 }
 WAYS = {
     "every backend computes its own": ("recompute", "-", "torch"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from sglang.benchmark_metadata.measure import Call
 
 from .bench import Bench, Row
 from .metadata_sets import CopySets, GenerateSets, pairs_of
-from .pairs import METHODS, Pairs
+from .pairs import METHODS
 from .question import Question, Table, bars, figure, save, select
 
 BACKENDS = 7
@@ -30,12 +31,14 @@ def measure(bench: Bench) -> list[Row]:
     return rows
 
 
-def _vectors_and_tables(sets: CopySets) -> tuple[Pairs, Pairs]:
-    whole = list(zip(sets.flat_sources, sets.flat_dsts))
-    return tuple(Pairs(*zip(*[(src, dst) for src, dst in whole if src.dim() == rank])) for rank in (1, 2))  # type: ignore[return-value]
+def _grouped(sets: CopySets, rank: int) -> Call:
+    """The copy of the fields of one rank, vectors or tables, into all backends."""
+    fields = zip(sets.live_sources, zip(*sets.sets), sets.fields)
+    chosen = [(src, tuple(d[f.live] for d in dsts)) for src, dsts, f in fields if src.dim() == rank]
+    return _plan(*zip(*chosen))
 
 
-def _plan(srcs: list[torch.Tensor], dsts: list[tuple[torch.Tensor, ...]]) -> Call:
+def _plan(srcs: Sequence[torch.Tensor], dsts: Sequence[tuple[torch.Tensor, ...]]) -> Call:
     from sgl_kernel import CopyRegion, FusedMetadataCopyPlan
 
     return FusedMetadataCopyPlan([CopyRegion(src, d) for src, d in zip(srcs, dsts)]).run
@@ -88,7 +91,7 @@ def _blocks(bench: Bench, bs: int, columns: int) -> list[Row]:
 def _streams(bench: Bench, bs: int, columns: int) -> list[Row]:
     """Length vectors and page tables as independent groups."""
     sets = CopySets(bench.device.type, bs, columns, BACKENDS)
-    groups = [METHODS["fused"](pairs) for pairs in _vectors_and_tables(sets)]
+    groups = [_grouped(sets, rank) for rank in (1, 2)]
     side = torch.cuda.Stream()
 
     def on_two_streams() -> None:
@@ -103,7 +106,7 @@ def _streams(bench: Bench, bs: int, columns: int) -> list[Row]:
         for group in groups:
             group()
 
-    calls = {"one launch": METHODS["fused"](pairs_of(sets)), "two launches": one_after_the_other}
+    calls = {"one launch": sets.run, "two launches": one_after_the_other}
     calls["two launches on two streams"] = on_two_streams
     pairs_of(sets).check(calls)
     return bench.rows(calls, what="streams", case=f"{bs} x {columns}, N = {BACKENDS}")

@@ -23,7 +23,7 @@ class Table:
 
     def __str__(self) -> str:
         lines = [list(self.headers), ["---", *["---:"] * (len(self.headers) - 1)]]
-        lines += [[_cell(value) for value in row] for row in self.rows]
+        lines += [[_cell(value, header) for value, header in zip(row, self.headers)] for row in self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -120,9 +120,11 @@ def size_name(size: int) -> str:
     return f"{size} GiB"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, header: str) -> str:
     if value is None:
         return "-"
+    if header == "launches" and isinstance(value, float):
+        return f"{value:.0f}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.1f}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
     return str(value)

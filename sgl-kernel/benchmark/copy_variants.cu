@@ -128,8 +128,6 @@ __global__ void copy_explicit(const __grid_constant__ Region a, const __grid_con
   copy_region<kThreading, Unit>(f);
 }
 
-__global__ void empty() {}
-
 template <Threading kThreading, typename Unit>
 void launch(const Regions& regions, bool explicit_sizes, dim3 grid, int block, cudaStream_t stream) {
   if (explicit_sizes) {
@@ -189,10 +187,5 @@ extern "C" int launch_copy(const Regions* regions, int threading, int unit_bytes
     default:
       return cudaErrorInvalidValue;
   }
-  return cudaGetLastError();
-}
-
-extern "C" int launch_empty(void* stream_handle) {
-  empty<<<1, 32, 0, static_cast<cudaStream_t>(stream_handle)>>>();
   return cudaGetLastError();
 }

@@ -74,7 +74,6 @@ def _library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = ctypes.CDLL(str(compile_library(Path(folder), f"sm_{major}{minor}")))
     library.launch_copy.argtypes = [ctypes.POINTER(_Regions), *[ctypes.c_int] * 5, ctypes.c_void_p]
-    library.launch_empty.argtypes = [ctypes.c_void_p]
     return library
 
 
@@ -113,9 +112,3 @@ def bind_variant(
             raise RuntimeError(f"{variant}: CUDA error {error}")
 
     return call
-
-
-def bind_empty() -> Callable[[], None]:
-    """A launch of a kernel that does nothing, with as little around it as Python allows."""
-    launch = _library().launch_empty
-    return lambda: launch(_stream())

@@ -19,7 +19,7 @@ from questions import QUESTIONS
 from questions.bench import Bench
 from questions.options import AS_WRITTEN_A
 from questions.pairs import Pairs, methods_on
-from study import MARK, fill
+from study import MARK, fill, results_of
 
 
 @pytest.fixture(scope="module")
@@ -80,4 +80,15 @@ def test_the_kernel_variants_compile_and_can_be_called(tmp_path: Path) -> None:
     import copy_variants
 
     library = ctypes.CDLL(str(copy_variants.compile_library(tmp_path, "sm_90")))
-    assert library.launch_copy and library.launch_empty
+    assert library.launch_copy
+
+
+@pytest.mark.parametrize("machine", ["h200", "cpu"])
+def test_the_study_says_what_was_measured(machine: str) -> None:
+    """docs/study.md holds the tables of the committed results, every one of them, and no other."""
+    text = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    results = results_of(ROOT / "docs" / "results" / "2026-11-21-study" / machine)
+    device = {"h200": "cuda", "cpu": "cpu"}[machine]
+    marks = [match.group(2) for match in MARK.finditer(text) if match.group(3) == device]
+    assert marks and set(marks) <= results.keys()
+    assert fill(text, results) == text
