@@ -41,14 +41,14 @@ def left() -> float:
 # ---- tokens
 
 
-def compare_tokens(servers: list[Server]) -> None:
+def compare_tokens(servers: list[Server], tokens: int = 96) -> None:
     """The answers of each server against those of the first of its kind (release, steps, variant)."""
     if left() < START_S + 30:
         print("no time left for", ", ".join(server.name for server in servers), flush=True)
         return
     reference: dict[tuple, tuple[str, list]] = {}
     with Servers(servers) as up:
-        running = [load.Background(load.greedy, server.port) for server in up]
+        running = [load.Background(load.greedy, server.port, tokens) for server in up]
         for server, result in zip(up, running, strict=True):
             answers = result.wait(left())
             if answers is None:
@@ -247,6 +247,31 @@ def fa3() -> None:
             print(python(release, [*command.split(), *out], min(left(), 120)), flush=True)
 
 
+def fa3_servers() -> None:
+    """A dense model that drafts for itself, on FlashAttention's backends over a stand-in of its kernel."""
+    folder = Path(__file__).resolve().parent
+    model, stand_in = OUT.resolve() / "dense_model", folder / "fa3_stand_in"
+    config = BUNDLES / "real_sglang/model"
+    print(python("0.5.12", [str(folder / "dense_model.py"), str(config), str(model)], 60), flush=True)
+    args = f"--model-path {model} --speculative-draft-model-path {model} --load-format auto --page-size 1"
+    args += " --speculative-algorithm STANDALONE --attention-backend fa3"
+    own = {"EXTRA_PYTHONPATH": str(stand_in), "SGLANG_USE_SGL_FA3_KERNEL": "1"}
+    kinds = (
+        ("none", None, own),
+        ("shared-verify", "shared", VERIFY),
+        ("in_graph-verify", "in_graph", VERIFY),
+        ("shared-alternate", "shared", {"SGLANG_NSA_PLUGIN_ALTERNATE": "100"}),
+    )
+    for release in os.environ.get("FA3_RELEASES", " ".join(RELEASES)).split():
+        compare_tokens(
+            [
+                Server(f"{release}-fa3-{name}", release, layout, 6, env=env, args=args, before=(stand_in,))
+                for name, layout, env in kinds
+            ],
+            tokens=480,
+        )
+
+
 # ---- classes of releases that need another torch
 
 
@@ -282,6 +307,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "unpack": lambda: unpack(set(RELEASES)),
     "bench": bench,
     "fa3": fa3,
+    "fa3_servers": fa3_servers,
     "other_releases": other_releases,
     "tokens_first": tokens_first,
     "tokens_rest": tokens_rest,
