@@ -51,7 +51,11 @@ def make_batch(bs: int, width: int, generator: torch.Generator) -> SimpleNamespa
 
     metadata = SimpleNamespace(cu_seqlens_k=draw(bs + 1), cache_seqlens=draw(bs), page_table=draw(bs, width))
     return SimpleNamespace(
-        input_ids=draw(bs), out_loc=draw(bs), positions=draw(bs), attn_metadata=metadata, padded_size=bs
+        input_ids=draw(bs),
+        out_loc=draw(bs),
+        positions=draw(bs),
+        attn_metadata=metadata,
+        padded_reqs=[None] * bs,
     )
 
 
@@ -98,7 +102,7 @@ def test_an_error_of_a_replay_names_the_field_and_writes_nothing() -> None:
     batch = make_batch(4, 9, torch.Generator().manual_seed(0))
     batch.attn_metadata.cache_seqlens = batch.attn_metadata.cache_seqlens.long()
     with pytest.raises(RuntimeError, match="src_seq_lens: expected int32, found int64"):
-        replay(batch)
+        replay.copy(batch)
     assert all(bool((tensor == POISON).all()) for tensor in buffers.tensors().values())
 
 

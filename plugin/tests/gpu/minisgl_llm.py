@@ -114,7 +114,7 @@ def measure_copies(model: str, case: str, out: str) -> None:
     llm = start_llm(model, **(COMMON | own | {"max_seq_len_override": 8192}))
     runner = llm.engine.graph_runner
     buffers = find_buffers(runner)
-    fused = FusedReplay(buffers)
+    fused = FusedReplay(buffers).copy
     rows = []
     with torch.inference_mode(), torch.cuda.stream(llm.engine.stream):
         for bs in SIZES:

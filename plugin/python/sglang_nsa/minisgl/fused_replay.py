@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..nsa.kernels import load_kernels
@@ -15,28 +16,34 @@ class FusedReplay:
     def __init__(self, buffers: ReplayBuffers) -> None:
         """Raises ImportError where the kernel library does not load."""
         self.buffers = buffers
-        tensors = buffers.tensors()
-        kernels = load_kernels(tensors["input_ids"].device.type)
-        plan = kernels.ReplayCopyPlan(
-            [kernels.ReplayField(f.name, tensors[f.name], f.extra) for f in buffers.fields]
-        )
-        self._copy = kernels.bind_replay_copy(plan)
-        self._sources = buffers.sources()
-        tables = [k for k, field in enumerate(buffers.fields) if field.is_table]
-        self._table = tables[0] if tables else None
-
-    def __call__(self, batch: Any) -> None:
-        sources = self._sources(batch)
-        width = 0 if self._table is None else sources[self._table].shape[1]
-        self._copy(sources, batch.padded_size, width)
+        self.copy = _bind(buffers)  # takes a padded batch
 
     def install(self) -> None:
         """From now on the runner's replays come here."""
         if self.buffers.attention is None:
-            self.buffers.runner.buffer.copy_from = self
+            self.buffers.runner.buffer.copy_from = self.copy
         else:
             self.buffers.runner.buffer.copy_from = _leave_to_the_backend
-            self.buffers.attention.prepare_for_replay = self
+            self.buffers.attention.prepare_for_replay = self.copy
+
+
+def _bind(buffers: ReplayBuffers) -> Callable[[Any], None]:
+    """One Python call around the operator: it runs once a step."""
+    tensors, sources = buffers.tensors(), buffers.sources()
+    kernels = load_kernels(tensors["input_ids"].device.type)
+    fields = [kernels.ReplayField(f.name, tensors[f.name], f.extra) for f in buffers.fields]
+    copy = kernels.bind_replay_copy(kernels.ReplayCopyPlan(fields))
+    table = next((k for k, field in enumerate(buffers.fields) if field.is_table), None)
+
+    def copy_inputs(batch: Any) -> None:
+        new = sources(batch)
+        copy(new, len(batch.padded_reqs), 0)
+
+    def copy_inputs_and_table(batch: Any) -> None:
+        new = sources(batch)
+        copy(new, len(batch.padded_reqs), new[table].size(1))
+
+    return copy_inputs if table is None else copy_inputs_and_table
 
 
 def _leave_to_the_backend(batch: Any) -> None:

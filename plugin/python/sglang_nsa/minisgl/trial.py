@@ -22,7 +22,7 @@ def differing(buffers: ReplayBuffers, replay: FusedReplay) -> list[str]:
     }
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     batch, results = probe_batch(buffers), []
-    for copy in (_own_copies(buffers), replay):
+    for copy in (_own_copies(buffers), replay.copy):
         copy(batch)
         results.append({name: tensor.clone() for name, tensor in tensors.items()})
         for name, tensor in tensors.items():
