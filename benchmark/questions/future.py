@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -162,32 +163,27 @@ def tables(rows: list[Row]) -> list[Table]:
     return [Table(headers, [[r["what"], r["case"], r["method"], *(r.get(c) for c in columns)] for r in rows])]
 
 
+PANELS = (  # what is shown of which case
+    ("FlashMLA metadata", None, "completion_us", "completion, us"),
+    ("zero-copy: aliasing", None, "node_us", "us of a node"),
+    ("streams", None, "graph_gpu_us", "in a graph, GPU us"),
+    ("zero-copy: host memory", "32 int32", "completion_us", "completion, us"),
+    ("block count", "1 x 1024, N = 1", "node_us", "us of a node"),
+    ("block count", "32 x 16384, N = 1", "node_us", "us of a node"),
+)
+
+
 def plot(rows: list[Row], where: str, path: Path) -> None:
-    groups = [
-        ("FlashMLA metadata", "completion_us", "completion, us"),
-        ("zero-copy: aliasing", "completion_us", "completion, us"),
-        ("streams", "graph_gpu_us", "in a graph, GPU us"),
-        ("zero-copy: host memory", "completion_us", "completion, us"),
-        ("block count", "node_us", "us of a node"),
-    ]
-    found = [group for group in groups if select(rows, what=group[0])]
-    drawn, axes = figure("What the seeds left for the future", where, len(found))
-    for one, (what, key, unit) in zip(axes, found):
-        shown = [r for r in select(rows, what=what) if r.get(key) is not None]
-        labels = [
-            _wrapped(r["method"] if r["case"] == shown[0]["case"] else f"{r['method']} ({r['case']})")
-            for r in shown
-        ]
-        bars(one, labels, [r[key] for r in shown], ["#2166ac"] * len(shown), unit)
+    drawn, axes = figure("What the seeds left for the future", where, 3, 2)
+    for one, (what, case, key, unit) in zip(axes, PANELS):
+        shown = select(rows, what=what, **({"case": case} if case else {}))
+        if not shown or shown[0].get(key) is None:
+            one.set_visible(False)
+            continue
+        labels = ["\n".join(textwrap.wrap(row["method"], 28)) for row in shown]
+        bars(one, labels, [row[key] for row in shown], ["#2166ac"] * len(shown), unit)
         one.set_title(f"{what}\n{shown[0]['case']}", fontsize=9)
-    drawn.set_size_inches(5.2 * len(found), 4.6)
     save(drawn, path)
-
-
-def _wrapped(text: str) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, 28))
 
 
 QUESTION = Question(

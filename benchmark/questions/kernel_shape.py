@@ -137,7 +137,8 @@ def plot(rows: list[Row], where: str, path: Path) -> None:
         label="library",
     )
     shown = select(rows, what="block")[0]
-    right.set(xlabel=f"threads of a block, {shown['bs']} x {shown['columns']}", ylabel="us", ylim=(0, None))
+    right.set(xlabel=f"threads of a block, {shown['bs']} x {shown['columns']}", ylabel="us")
+    logarithmic(right)
     logarithmic(left)
     left.set(xlabel="requests x columns", ylabel="us")
     left.legend(fontsize=8, frameon=False)

@@ -63,17 +63,18 @@ def pivot(rows: Sequence[Row], down: str, across: str, value: str, name: str) ->
     return Table([name, *map(str, columns)], lines)
 
 
-def figure(title: str, where: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
+def figure(title: str, where: str, across: int = 1, down: int = 1) -> tuple[Figure, list[Axes]]:
+    """Panels under a title, and the machine."""
     import matplotlib.pyplot as plt
 
-    drawn, axes = plt.subplots(
-        1, panels, figsize=(5.2 * max(panels, 1.6), 4.6), layout="constrained", squeeze=False
-    )
+    size = (5.2 * max(across, 1.6), 4.6 if down == 1 else 3.2 * down)
+    drawn, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    axes = list(grid.flat)
     drawn.suptitle(f"{title}\n{where}", fontsize=11)
-    for one in axes[0]:
+    for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(True, alpha=0.25)
-    return drawn, list(axes[0])
+    return drawn, axes
 
 
 def logarithmic(axes: Axes, x: bool = False, y: bool = True) -> None:
