@@ -136,7 +136,7 @@ def _built(
 # has a program for each row, or for each 64 heads of it: the fastest once they fill the device. Below that
 # Triton divides the keys of each row, and where no library serves, it does everything.
 AUTO_LIBRARIES = ("flashmla_sparse",)
-FILLING_ROWS = 32
+FILLING_ROWS = 16
 
 
 def _by_rows(few: SparseAttentionOps, many: SparseAttentionOps, rows: int) -> SparseAttentionOps:

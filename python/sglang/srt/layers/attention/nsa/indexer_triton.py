@@ -12,8 +12,9 @@ import triton.language as tl
 
 # Scores [rows, width] held at once, in elements (float32): only long prefills need more than one chunk.
 CHUNK_ELEMENTS = 1 << 26
-# Scores that a program of the top-k looks at in one go, and its warps: for narrow rows, and for others.
-TOPK_BLOCKS = ((2048, 8), (8192, 16))
+TOPK_BLOCK = 4096  # scores that a program of the top-k looks at in one go
+TOPK_TILE = 8192  # scores that it holds in registers
+TOPK_WARPS = 16
 SCORES_WARPS = 4
 MAX_BLOCK_T = 32  # rows that a program of the scores takes
 FILLING_ROWS = 16  # fewer blocks of rows than that leave multiprocessors idle at short widths
@@ -109,6 +110,31 @@ def _ordered_keys(scores, columns, live):
     return tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
 
 
+@triton.jit
+def _select_from_registers(scores, page_table, slots, length, topk, TILE: tl.constexpr):
+    """The top-k of a row that fits one tile: its keys stay in registers. The k-th highest is found bit by
+    bit, as the greatest number that at least k keys reach, unless fewer bits part exactly k from the rest."""
+    columns = tl.arange(0, TILE)
+    live = columns < length
+    keys = tl.where(live, _ordered_keys(scores, columns, live), 0)  # nobody asks for keys of at least 0
+    threshold = tl.zeros((), dtype=tl.uint32)
+    reached = length
+    bit = tl.full((), 1 << 31, dtype=tl.uint32)
+    while (bit > 0) & (reached != topk):
+        count = tl.sum((keys >= (threshold | bit)).to(tl.int32), axis=0)
+        enough = count >= topk
+        threshold = tl.where(enough, threshold | bit, threshold)
+        reached = tl.where(enough, count, reached)
+        bit = bit >> 1
+    pick = live & (keys >= threshold)
+    if reached != topk:  # several keys equal the k-th: the first of them
+        equal = (live & (keys == threshold)).to(tl.int32)
+        need = topk - (reached - tl.sum(equal, axis=0))
+        pick = pick & ((equal == 0) | (tl.cumsum(equal, axis=0) <= need))
+    rank = tl.cumsum(pick.to(tl.int32), axis=0) - 1
+    tl.store(slots + rank, tl.load(page_table + columns, mask=pick, other=-1), mask=pick)
+
+
 @triton.jit(do_not_specialize=["width", "first_row", "rows_per_req"])
 def _topk_kernel(
     scores,  # [T, width], float32
@@ -123,10 +149,11 @@ def _topk_kernel(
     topk,
     padding_slot,
     BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """One program: one row. Finds the k-th highest score digit by digit (a radix select: four passes of
-    256 bins), then writes the slots of all scores above it and of the first ones equal to it, in the order
-    of their positions."""
+    """One program: one row. Finds the k-th highest score, then writes the slots of all scores above it and
+    of the first ones equal to it, in the order of their positions. A row of more than TILE columns is read
+    again and again, so its k-th score is found in four passes, each a digit of 256 bins (a radix select)."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(lengths + row), width)
     page_table += _table_row(table_rows, row, first_row, rows_per_req) * table_stride
@@ -138,6 +165,10 @@ def _topk_kernel(
             columns = start + offsets
             page = tl.load(page_table + columns, mask=columns < length, other=padding_slot)
             tl.store(slots + columns, page, mask=columns < topk)
+    elif length <= TILE // 2:
+        _select_from_registers(scores, page_table, slots, length, topk, TILE // 2)
+    elif length <= TILE:
+        _select_from_registers(scores, page_table, slots, length, topk, TILE)
     else:
         bins = tl.arange(0, 256)
         threshold = tl.zeros((), dtype=tl.uint32)  # the digits of the k-th highest key known so far
@@ -194,7 +225,6 @@ def select_topk(
         return slots
     if width == 0:
         return slots.fill_(padding_slot)
-    topk_block, topk_warps = TOPK_BLOCKS[width > TOPK_BLOCKS[0][0]]
     step = max(1, CHUNK_ELEMENTS // width)
     scores = torch.empty((min(rows, step), width), dtype=torch.float32, device=q_index.device)
     # Rows of a request share a program's keys; where rows are few, more programs count for more.
@@ -248,7 +278,8 @@ def select_topk(
             table.stride(0),
             topk,
             padding_slot,
-            BLOCK=topk_block,
-            num_warps=topk_warps,
+            BLOCK=TOPK_BLOCK,
+            TILE=TOPK_TILE,
+            num_warps=TOPK_WARPS,
         )
     return slots

@@ -46,6 +46,14 @@ class Tile:
         return cls(128, 64, latents, 2, 8, 1)
 
 
+@triton.jit
+def _load_columns(at, inside, WHOLE: tl.constexpr):
+    """Elements [n, columns]; WHOLE: all columns are inside, and nothing is masked."""
+    if WHOLE:
+        return tl.load(at)
+    return tl.load(at, mask=inside[None, :], other=0.0)
+
+
 # Not specialised on what changes with the number of rows: prefills must not compile anew for that.
 @triton.jit(do_not_specialize=["rows", "topk", "split_size"])
 def _sparse_mla_kernel(
@@ -76,6 +84,7 @@ def _sparse_mla_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    WHOLE: tl.constexpr,  # the blocks hold all latents and all of rope, no more
 ):
     """One program: one row, BLOCK_H heads, one split of its slots, one part of the latents as values."""
     per_row = head_blocks * PARTS  # neighbours share the row's keys
@@ -97,6 +106,7 @@ def _sparse_mla_kernel(
         candidates = start + tl.arange(0, SCAN)
         used = tl.load(topk_slots + candidates, mask=candidates < stop, other=-1) >= 0
         end = tl.maximum(end, tl.max(tl.where(used, candidates + 1, begin), axis=0))
+    last = tl.load(topk_slots + end - 1, mask=end > begin, other=0)
 
     q_at = q_nope + row * nope_stride_t + h[:, None] * nope_stride_h
     q_c = tl.load(q_at + c[None, :], mask=in_h[:, None] & in_c[None, :], other=0.0)
@@ -110,13 +120,14 @@ def _sparse_mla_kernel(
     mixed = tl.zeros((BLOCK_H, BLOCK_C), dtype=tl.float32)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        slots = tl.load(topk_slots + n, mask=n < end, other=-1).to(tl.int64)
+        slots = tl.load(topk_slots + n, mask=n < end, other=-1)
         live = slots >= 0
-        kv_at = kv + slots[:, None] * kv_stride
-        k_c = tl.load(kv_at + c[None, :], mask=live[:, None] & in_c[None, :], other=0.0)
+        # Where there is none another of the row is read: its keys are finite, their weight is exactly zero.
+        kv_at = kv + tl.where(live, slots, last).to(tl.int64)[:, None] * kv_stride
+        k_c = _load_columns(kv_at + c[None, :], in_c, WHOLE)
         if PARTS == 2:
-            k_other = tl.load(kv_at + other_c[None, :], mask=live[:, None], other=0.0)
-        k_r = tl.load(kv_at + latent + r[None, :], mask=live[:, None] & in_r[None, :], other=0.0)
+            k_other = tl.load(kv_at + other_c[None, :])
+        k_r = _load_columns(kv_at + latent + r[None, :], in_r, WHOLE)
         scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
         if PARTS == 2:
             scores = tl.dot(q_other, tl.trans(k_other), scores, input_precision="ieee")
@@ -195,6 +206,7 @@ def sparse_mla(
     if rows == 0 or topk == 0:
         return out.zero_()
     tile = Tile.choose(heads, latent, q_nope.dtype)
+    block_r = max(16, triton.next_power_of_2(q_rope.shape[-1]))
     head_blocks = triton.cdiv(heads, tile.heads)
     splits = choose_splits(rows, head_blocks * tile.parts, topk)
     parts, log_sums = out, out
@@ -228,7 +240,8 @@ def sparse_mla(
         BLOCK_H=tile.heads,
         BLOCK_N=tile.slots,
         BLOCK_C=tile.latents // tile.parts,
-        BLOCK_R=max(16, triton.next_power_of_2(q_rope.shape[-1])),
+        BLOCK_R=block_r,
+        WHOLE=tile.latents == latent and block_r == q_rope.shape[-1],
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
