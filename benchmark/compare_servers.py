@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
@@ -154,8 +155,8 @@ def measure_case(servers: list[tuple[Candidate, str]], case: Case, args: argpars
     return list(rows.values())
 
 
-def measure(chosen: list[Candidate], args: argparse.Namespace) -> list[Row]:
-    rows: list[Row] = []
+def measure(chosen: list[Candidate], args: argparse.Namespace, rows: list[Row]) -> None:
+    """Appends to `rows` case by case, so that who is interrupted keeps what was measured."""
     for group in [chosen] if args.together else [[candidate] for candidate in chosen]:
         with ExitStack() as stack:
             coming = [(candidate, start(candidate, stack, args)) for candidate in group]
@@ -164,7 +165,6 @@ def measure(chosen: list[Candidate], args: argparse.Namespace) -> list[Row]:
                 for row in measure_case(servers, case, args):
                     rows.append(row)
                     print_row(row)
-    return rows
 
 
 def start(candidate: Candidate, stack: ExitStack, args: argparse.Namespace) -> ServerProcess:
@@ -298,7 +298,12 @@ def main(argv: list[str] | None = None) -> int:
         f"{'case':>9} {'server':<24} {'tokens/s':>9} {'TTFT ms':>9} {'TPOT ms':>8} {'accept':>7} "
         f"{'failed':>6}  rounds"
     )
-    rows = measure(chosen, args)
+    rows: list[Row] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers end, too
+    try:
+        measure(chosen, args, rows)
+    except (KeyboardInterrupt, SystemExit) as reason:
+        print(f"interrupted: {reason!r}", file=sys.stderr)
     print("\noutput tokens/s, TTFT ms, TPOT ms\n" + table(rows, names, args.cases))
     if args.json:
         servers = [asdict(c) | {"env": {}} for c in chosen]

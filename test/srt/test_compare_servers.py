@@ -48,6 +48,23 @@ def test_servers_by_turns_and_one_that_fails(dummy_model: Path, tmp_path: Path) 
     assert done.stdout.splitlines()[-1].startswith("| 30x3 | ") and picture.stat().st_size > 1000
 
 
+def test_who_ends_it_ends_its_servers(tmp_path: Path) -> None:
+    """By SIGTERM, as `timeout` sends it, it died at once and its servers stayed."""
+    serve = f"cd {tmp_path}; echo $$ > pid; exec {sys.executable} -m http.server {{port}}"
+    command = [sys.executable, str(ROOT / "benchmark" / "compare_servers.py"), "--model-path", str(tmp_path)]
+    command += ["--server", "never ready", serve, "--cases", "1x1", "--json", str(tmp_path / "out.json")]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.05)
+    running.terminate()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 1 and b"interrupted: SystemExit(143)" in errors
+    assert not is_running(int((tmp_path / "pid").read_text()))
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == []
+
+
 def test_what_a_server_leaves_behind_is_ended(tmp_path: Path) -> None:
     """A process that left the session of the command that started it outlived the benchmark."""
     script = "setsid sleep 60 & echo $! > pid; python3 -m http.server {port}"
