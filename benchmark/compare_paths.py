@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from compare_servers import Candidate, Case, is_ready, start
 from questions.question import Table, figure, save, unique
-from server_process import ROOT, our_command, our_environment
+from server_process import ROOT, ServerProcess, our_command, our_environment
 from sglang.bench_serving import benchmark
 from sglang.benchmark_metadata.report import environment
 from sglang.benchmark_serving.arguments import parse_args
@@ -226,6 +227,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
         with ExitStack() as stack:
             began = time.perf_counter()
             coming = [(candidate, start(candidate, stack, args)) for candidate in group]
+            stack.callback(terminate_all, [server for _, server in coming])
             if not all(is_ready(candidate, server, args) for candidate, server in coming):
                 raise SystemExit(1)
             print(f"{len(group)} servers ready after {time.perf_counter() - began:.0f} s", flush=True)
@@ -236,9 +238,13 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
                     print_row(row)
                 if args.out is not None:
                     write(result_of(rows, args), args.out)
-            for _, server in coming:  # together: each takes its time to end
-                server.process.terminate()
     return rows
+
+
+def terminate_all(servers: Sequence[ServerProcess]) -> None:
+    """Asked to end at once, before they are waited for one by one."""
+    for server in servers:
+        server.process.terminate()
 
 
 def result_of(rows: Sequence[Row], args: argparse.Namespace) -> dict[str, Any]:
@@ -343,6 +349,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """1 where answers differ that must be equal, or a path fell back to another."""
     args = build_parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server outlives this process
     if args.replot is not None:
         write(json.loads(args.replot.read_text(encoding="utf-8")), args.replot.parent)
         return 0
