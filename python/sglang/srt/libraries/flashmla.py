@@ -44,17 +44,21 @@ def load_flashmla(with_decode: bool = False) -> FlashMLALibrary:
     Raises ImportError with what was looked for and why each was no good.
     """
     reasons = []
-    for find, names in ((_from_module, MODULES), (_from_distribution, OPERATOR_DISTRIBUTIONS)):
-        for name in names:
-            try:
-                library = find(name)
-                if not with_decode or library.decode is not None:
-                    return library
-                reasons.append(f"{name}: no decode kernel with the arguments of sgl-kernel")
-            except (ImportError, OSError, AttributeError) as error:
-                because = f" ({error.__cause__})" if isinstance(error.__cause__, OSError) else ""
-                reasons.append(f"{name}: {error}{because}")
+    for name in (*MODULES, *OPERATOR_DISTRIBUTIONS):
+        try:
+            library = find_flashmla(name)
+            if not with_decode or library.decode is not None:
+                return library
+            reasons.append(f"{name}: no decode kernel with the arguments of sgl-kernel")
+        except (ImportError, OSError, AttributeError) as error:
+            because = f" ({error.__cause__})" if isinstance(error.__cause__, OSError) else ""
+            reasons.append(f"{name}: {error}{because}")
     raise ImportError("FlashMLA is not available (" + "; ".join(reasons) + ")")
+
+
+def find_flashmla(name: str) -> FlashMLALibrary:
+    """One of MODULES or OPERATOR_DISTRIBUTIONS. Raises ImportError, OSError or AttributeError."""
+    return _from_module(name) if name in MODULES else _from_distribution(name)
 
 
 def _from_distribution(name: str) -> FlashMLALibrary:

@@ -1,0 +1,318 @@
+"""Kernels of prefill and decode alone, ours and the libraries': sparse MLA, index scores and top-k, experts.
+
+    python benchmark/kernels.py --device cuda --json kernels.json
+
+Each is compared with the torch reference first. On CUDA a time is that of a replayed graph; of what takes
+several kernels, the profiler's time of each. Sizes are DeepSeek-V3.2's, on a CPU smaller ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from sglang.benchmark_metadata.report import environment
+from sglang.srt.layers.attention.nsa import indexer
+from sglang.srt.layers.attention.nsa.sparse_mla import sparse_mla
+from torch.profiler import ProfilerActivity, profile
+
+LATENT, ROPE = 512, 64
+CHECKED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model, and the rows and keys to try."""
+
+    heads: int
+    topk: int
+    index_heads: int
+    index_dim: int
+    hidden: int
+    intermediate: int
+    context: int
+    attention: tuple[tuple[int, int], ...]  # rows, keys of each
+    index: tuple[tuple[int, int, int], ...]  # rows, keys of the last, rows of a request (0: one prefill)
+    experts: tuple[tuple[int, int], ...]  # experts, of them a row
+    expert_rows: tuple[int, ...]
+
+
+SIZES = {
+    "cuda": Sizes(
+        *(128, 2048, 64, 128, 2048, 512, 7000),
+        attention=(*product((1, 5, 16, 40, 160), (600, 2048)), (1024, 2048)),
+        index=((7000, 7000, 0), (5, 7000, 5), (40, 7000, 5), (160, 3000, 5), (5, 12000, 5)),
+        experts=((8, 2), (256, 8)),
+        expert_rows=(1, 5, 40, 160, 7000),
+    ),
+    "cpu": Sizes(
+        *(4, 64, 4, 32, 64, 32, 200),
+        attention=((2, 64), (5, 20)),
+        index=((50, 50, 0), (6, 100, 3)),
+        experts=((8, 2),),
+        expert_rows=(2, 40),
+    ),
+}
+
+
+@dataclass
+class Measurement:
+    kernel: str
+    case: str
+    implementation: str
+    us: float
+    tflops: float  # of the products that the case needs
+    gbytes: float  # per second, of keys, scores or matrices that it must read
+    error: float  # largest difference from the reference, as a share of its largest value
+
+    def __str__(self) -> str:
+        return (
+            f"| {self.kernel} | {self.case} | {self.implementation} | {self.us:.1f} | {self.tflops:.1f} "
+            f"| {self.gbytes:.0f} | {self.error:.4f} |"
+        )
+
+
+class Bench:
+    def __init__(self, device: str, rounds: int) -> None:
+        self.device, self.rounds, self.sizes = torch.device(device), rounds, SIZES[device]
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def run(self) -> Iterator[Measurement]:
+        yield from self.attention()
+        yield from self.index()
+        yield from self.experts()
+
+    # ---- sparse MLA
+
+    def attention(self) -> Iterator[Measurement]:
+        size, scale = self.sizes, 192**-0.5
+        kv = self.normal(2 * size.context, LATENT + ROPE)
+        for rows, keys in size.attention:
+            q = self.normal(rows, size.heads, LATENT + ROPE)
+            slots = torch.full((rows, size.topk), -1, dtype=torch.int32, device=self.device)
+            for row in slots:
+                chosen = torch.randperm(size.context, generator=self.generator, device=self.device)[:keys]
+                row[:keys] = chosen.sort().values
+            lengths = torch.full((rows,), keys, dtype=torch.int32, device=self.device)
+            some = slice(0, CHECKED_ROWS)
+            expected = sparse_mla(q[some, :, :LATENT], q[some, :, LATENT:], kv, slots[some], scale)
+            flops = 2 * rows * size.heads * keys * (2 * LATENT + ROPE)
+            read = rows * keys * (LATENT + ROPE) * kv.element_size()
+            for name, attend in self.implementations_of_attention(lengths):
+                error = relative_error(attend(q, kv, slots, scale)[some], expected)
+                us = self.time(partial(attend, q, kv, slots, scale))
+                yield measurement("sparse MLA", f"{rows} rows of {keys} keys", name, us, flops, read, error)
+
+    def implementations_of_attention(
+        self, lengths: torch.Tensor
+    ) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
+        if self.device.type == "cpu":
+            yield "torch", lambda q, *rest: sparse_mla(q[..., :LATENT], q[..., LATENT:], *rest)
+            return
+        from sglang.srt.layers.attention.nsa import sparse_mla_triton
+        from sglang.srt.libraries.flashmla import MODULES, OPERATOR_DISTRIBUTIONS, find_flashmla
+
+        yield "triton", lambda q, *rest: sparse_mla_triton.sparse_mla(q[..., :LATENT], q[..., LATENT:], *rest)
+        for name in (*MODULES, *OPERATOR_DISTRIBUTIONS):
+            try:
+                library = find_flashmla(name)
+            except (ImportError, OSError, AttributeError) as reason:
+                print(f"{name} is left out: {reason}", file=sys.stderr)
+                continue
+            options = {"topk_length": lengths} if library.takes_lengths else {}
+            yield (
+                library.source,
+                lambda q, kv, slots, scale, library=library, options=options: library.sparse_fwd(
+                    q, kv[:, None], slots[:, None], scale, LATENT, **options
+                )[0],
+            )
+
+    # ---- index scores and top-k
+
+    def index(self) -> Iterator[Measurement]:
+        size = self.sizes
+        keys = self.normal(2 * size.context, size.index_dim)
+        for rows, context, per_request in size.index:
+            q = self.normal(rows, size.index_heads, size.index_dim)
+            weights = torch.rand((rows, size.index_heads), generator=self.generator, device=self.device)
+            requests = rows // per_request if per_request else 1
+            table = torch.arange(1, context + 1, dtype=torch.int32, device=self.device).repeat(requests, 1)
+            if per_request:
+                lengths = torch.full((rows,), context, dtype=torch.int32, device=self.device)
+                table_rows = torch.arange(requests, device=self.device)
+            else:
+                lengths = torch.arange(context - rows, context, dtype=torch.int32, device=self.device) + 1
+                table_rows = torch.zeros(rows, dtype=torch.int64, device=self.device)
+            run = partial(
+                self.select_topk(),
+                *(q, weights, keys, table, table_rows, lengths, size.topk, context),
+                rows_per_req=per_request or None,
+            )
+            last = slice(rows - min(rows, CHECKED_ROWS), rows)
+            owners = torch.full((last.stop - last.start,), requests - 1, device=self.device)
+            expected = indexer.select_topk(
+                q[last], weights[last], keys, table, owners, lengths[last], size.topk, context
+            )
+            differing = [
+                len(set(a.tolist()) ^ set(b.tolist())) / 2 for a, b in zip(run()[last], expected)
+            ]  # of equal scores but for the last bit, either may be taken
+            error = sum(differing) / (len(differing) * size.topk)
+            pairs = int(lengths.sum())
+            flops, read = 2 * pairs * size.index_heads * size.index_dim, 4 * pairs
+            for name, us in self.time_kernels(run).items():
+                case = f"{rows} rows of {context} keys"
+                products = 0 if "topk" in name else flops
+                yield measurement("index", case, name, us, products, read, error)
+
+    def select_topk(self) -> Callable[..., torch.Tensor]:
+        if self.device.type == "cpu":
+            return indexer.select_topk
+        from sglang.srt.layers.attention.nsa import indexer_triton
+
+        return indexer_triton.select_topk
+
+    # ---- routed experts
+
+    def experts(self) -> Iterator[Measurement]:
+        size = self.sizes
+        for count, chosen in size.experts:
+            gate_up = self.normal(count, 2 * size.intermediate, size.hidden) * 0.02
+            down = self.normal(count, size.hidden, size.intermediate) * 0.02
+            for rows in size.expert_rows:
+                x = self.normal(rows, size.hidden)
+                experts = torch.rand((rows, count), generator=self.generator, device=self.device)
+                experts = experts.topk(chosen).indices
+                weights = torch.rand((rows, chosen), generator=self.generator, device=self.device)
+                arguments = (x, weights, experts, gate_up, down)
+                expected = one_expert_after_the_other(*arguments)
+                flops = 6 * rows * chosen * size.intermediate * size.hidden
+                read = 3 * len(experts.unique()) * size.intermediate * size.hidden * x.element_size()
+                for name, run in self.implementations_of_experts():
+                    error = relative_error(run(*arguments), expected)
+                    us = self.time(partial(run, *arguments))
+                    case = f"{rows} rows, {chosen} of {count} experts"
+                    yield measurement("experts", case, name, us, flops, read, error)
+
+    def implementations_of_experts(self) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
+        if self.device.type == "cpu":
+            yield "torch", one_expert_after_the_other
+            return
+        from sglang.srt.layers.moe_triton import routed_experts
+
+        yield "triton", routed_experts
+        if hasattr(torch.nn.functional, "grouped_mm"):
+            yield "torch grouped_mm", torch_grouped
+
+    # ---- tools
+
+    def normal(self, *size: int) -> torch.Tensor:
+        return torch.randn(size, generator=self.generator, device=self.device).to(self.dtype)
+
+    def time(self, function: Callable[[], object]) -> float:
+        """Median microseconds of a call; on CUDA of a replayed graph that holds it."""
+        function()
+        if self.device.type == "cpu":
+            times = []
+            for _ in range(self.rounds):
+                start = time.perf_counter()
+                function()
+                times.append(1e6 * (time.perf_counter() - start))
+            return statistics.median(times)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        times = []
+        for _ in range(self.rounds):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(1e3 * start.elapsed_time(end))
+        return statistics.median(times)
+
+    def time_kernels(self, function: Callable[[], object]) -> dict[str, float]:
+        """Mean microseconds of each of its kernels; on a CPU of all together."""
+        if self.device.type == "cpu":
+            return {"torch": self.time(function)}
+        function()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            for _ in range(self.rounds):
+                function()
+            torch.cuda.synchronize()
+        return {e.key: e.device_time_total / self.rounds for e in trace.key_averages() if e.device_time_total}
+
+
+def measurement(
+    kernel: str, case: str, name: str, us: float, flops: int, read: int, error: float
+) -> Measurement:
+    return Measurement(kernel, case, name, us, flops / us / 1e6, read / us / 1e3, error)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def one_expert_after_the_other(
+    x: torch.Tensor,  # [T, hidden]
+    weights: torch.Tensor,  # [T, K], float32
+    experts: torch.Tensor,  # [T, K], int64
+    gate_up: torch.Tensor,  # [E, 2 * I, hidden]
+    down: torch.Tensor,  # [E, hidden, I]
+) -> torch.Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in range(len(down)):
+        rows, place = (experts == expert).nonzero(as_tuple=True)
+        gate, up = torch.nn.functional.linear(x[rows], gate_up[expert]).chunk(2, dim=-1)
+        y = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, down[expert]).float()
+        out.index_add_(0, rows, y * weights[rows, place, None])
+    return out
+
+
+def torch_grouped(
+    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """The same by torch's grouped matrix products: sorted by expert, nothing read by the host."""
+    pairs = experts.flatten()
+    order = pairs.argsort(stable=True)
+    counts = torch.zeros(len(down), dtype=torch.int32, device=x.device)
+    ends = counts.scatter_add_(0, pairs, torch.ones_like(pairs, dtype=torch.int32)).cumsum(0).int()
+    products = torch.nn.functional.grouped_mm
+    gate, up = products(x[order // experts.shape[1]], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    y = products(torch.nn.functional.silu(gate) * up, down.mT, offs=ends)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=x.device)
+    return (y[place].view(*experts.shape, -1).float() * weights[..., None]).sum(1).to(x.dtype)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    print("| kernel | case | implementation | us | TFLOP/s | GB/s | error |\n|---|---|---|---|---|---|---|")
+    results = []
+    for result in Bench(args.device, args.rounds).run():
+        results.append(asdict(result))
+        print(result, flush=True)
+    if args.json:
+        text = json.dumps({"machine": environment(torch.device(args.device)), "results": results})
+        args.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
