@@ -73,9 +73,25 @@ def test_override_directory(run_python: RunPython) -> None:
     assert run_python(code, SGL_KERNEL_LIBRARY_DIR=str(directory)).strip() == "None"
 
 
-def test_library_of_another_abi(run_python: RunPython) -> None:
-    code = "import sgl_kernel._library as l; l.ABI_VERSION = 99; print(l.load_error('cpu'))"
-    assert f"library has ABI version {_library.ABI_VERSION}, this package needs 99" in run_python(code)
+@pytest.mark.parametrize(
+    ("newer", "reason"),
+    {
+        "another ABI": (
+            "l.ABI_VERSION = 99",
+            f"has ABI version {_library.ABI_VERSION}, this package needs 99",
+        ),
+        "and fewer operators": (
+            "l.ABI_VERSION = 99; l.WRITING_OPERATORS += ('tomorrows_run',)",
+            f"has ABI version {_library.ABI_VERSION}, this package needs 99",
+        ),
+        "fewer operators alone": ("l.WRITING_OPERATORS += ('tomorrows_run',)", "lacks tomorrows_run"),
+    }.values(),
+)
+def test_stale_library(newer: str, reason: str, run_python: RunPython) -> None:
+    """A build of an older version under newer Python code gives the reason; it ended in a traceback of
+    `register_fake` where the newer code had an operator more."""
+    code = f"import sgl_kernel._library as l; {newer}; print(l.load_error('cpu'))"
+    assert f"the cpu library {reason}: build it anew" in run_python(code)
 
 
 @pytest.mark.parametrize("first", ["sgl_kernel", "elsewhere.kernels"])

@@ -102,20 +102,27 @@ def _load(device_type: str) -> _Loaded:
 
 def _load_anew(device_type: str) -> _Loaded:
     ops = getattr(torch.ops, f"sgl_kernel_nsa_{device_type}")
-    loaded_here = not hasattr(ops, "abi_version")  # another copy of this package may have loaded it already
-    reason = _load_file(device_type) if loaded_here else None
+    absent = not hasattr(ops, "abi_version")  # another copy of this package may have loaded it already
+    reason = (_load_file(device_type) if absent else None) or _other_version(device_type, ops)
     if reason is not None:
         return _Loaded(None, reason)
-    found = ops.abi_version()
-    if found != ABI_VERSION:
-        reason = (
-            f"sgl_kernel: the {device_type} library has ABI version {found}, this package needs {ABI_VERSION}"
-        )
-        return _Loaded(None, reason)
-    if loaded_here:
+    if absent:
         for name in WRITING_OPERATORS:
             torch.library.register_fake(f"sgl_kernel_nsa_{device_type}::{name}", _write_nothing)
     return _Loaded(ops, None)
+
+
+def _other_version(device_type: str, ops: Any) -> str | None:
+    """What tells that a library is not of this package's version: an older build, or a newer one."""
+    found = ops.abi_version() if hasattr(ops, "abi_version") else None
+    if found != ABI_VERSION:
+        reason = f"has ABI version {found}, this package needs {ABI_VERSION}"
+    else:
+        missing = [name for name in WRITING_OPERATORS if not hasattr(ops, name)]
+        if not missing:
+            return None
+        reason = f"lacks {', '.join(missing)}"
+    return f"sgl_kernel: the {device_type} library {reason}: build it anew"
 
 
 def _load_file(device_type: str) -> str | None:
