@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nsa_cases import DEVICES
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.environ import envs
 from sglang.srt.layers.sampler import sample
@@ -71,11 +72,12 @@ params_strategy = st.builds(
 tokens_strategy = st.lists(st.integers(0, VOCAB - 1), max_size=6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_apply_equals_the_reference(data: st.DataObject) -> None:
+@given(data=st.data())
+def test_apply_equals_the_reference(device: str, data: st.DataObject) -> None:
     """Rows are used again and again; every request has a prompt, outputs and drafts of its own."""
-    pool = PenaltyPool(4, VOCAB, [EOS], "cpu")
+    pool = PenaltyPool(4, VOCAB, [EOS], device)
     rows = data.draw(st.integers(1, 4))
     for _ in range(data.draw(st.integers(1, 3))):
         indices = data.draw(st.permutations([1, 2, 3]))[: data.draw(st.integers(1, 3))]
@@ -87,19 +89,22 @@ def test_apply_equals_the_reference(data: st.DataObject) -> None:
             requests.append((params, outputs, prompt_len))
         logits = torch.randn((len(indices), rows, VOCAB), generator=torch.Generator().manual_seed(rows)) * 4
         tokens = torch.randint(0, VOCAB, (len(indices), rows))
-        positions = torch.tensor([[p + len(o) + j for j in range(rows)] for _, o, p in requests])
-        found = logits.clone()
-        pool.apply(found, positions, torch.tensor(indices), tokens[:, :-1])
+        positions = torch.tensor(
+            [[p + len(o) + j for j in range(rows)] for _, o, p in requests], device=device
+        )
+        on_device = torch.tensor(indices, device=device), tokens.to(device)
+        found = logits.to(device, copy=True)
+        pool.apply(found, positions, on_device[0], on_device[1][:, :-1])
         for i, (params, outputs, _) in enumerate(requests):
             for row in range(rows):
                 seen = outputs + tokens[i, :row].tolist()
                 expected = penalized(logits[i, row].tolist(), params, seen)
                 assert found[i, row].tolist() == [float(x) for x in expected], (params, seen)
         # Then some of the tokens are accepted: the counts are those of the longer outputs.
-        lens = torch.tensor([data.draw(st.integers(0, rows)) for _ in indices])
-        pool.add_outputs(torch.tensor(indices), tokens, lens)
-        found = logits[:, :1].clone()
-        pool.apply(found, positions[:, :1] + lens[:, None], torch.tensor(indices))
+        lens = torch.tensor([data.draw(st.integers(0, rows)) for _ in indices], device=device)
+        pool.add_outputs(*on_device, lens)
+        found = logits[:, :1].to(device, copy=True)
+        pool.apply(found, positions[:, :1] + lens[:, None], on_device[0])
         for i, (params, outputs, _) in enumerate(requests):
             seen = outputs + tokens[i, : lens[i]].tolist()
             expected = penalized(logits[i, 0].tolist(), params, seen)
