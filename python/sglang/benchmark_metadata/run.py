@@ -14,6 +14,7 @@ from .cases import BenchCase, BenchInputs
 from .measure import (
     Activity,
     Budget,
+    Call,
     Timing,
     capture_graph,
     copy_bandwidth,
@@ -58,8 +59,10 @@ def _run_case(case: BenchCase, settings: Settings, bar: tqdm) -> Iterator[Row]:
     subjects, skipped = _prepare(case, inputs, settings)
     rows = {subject.route: _new_row(case, subject.route, device) for subject in subjects}
     _count(subjects, rows, device)
-    calls = [subject.call for subject in subjects]
-    for subject, timing in zip(subjects, measure_all(calls, inputs.load, device, settings.budget)):
+    small = _small_calls(case.bs, device)
+    calls = [*(subject.call for subject in subjects), *(call for call, _ in small.values())]
+    timings = measure_all(calls, inputs.load, device, settings.budget)  # what is compared takes turns
+    for subject, timing in zip(subjects, timings):
         rows[subject.route].set_timing(timing)
         if subject.in_graph:
             _measure_graph(subject, rows[subject.route], settings)
@@ -73,7 +76,7 @@ def _run_case(case: BenchCase, settings: Settings, bar: tqdm) -> Iterator[Row]:
         row.ratio = round(baseline / row.completion_us, 3) if baseline else None
         row.set_floor(_floor_us(case, row.bytes, settings))
         yield row
-    yield from _floors(case, settings, baseline)
+    yield from _floors(case, settings, baseline, timings[len(subjects) :])
 
 
 def _prepare(
@@ -141,10 +144,13 @@ def _measure_graph(subject: Subject, row: Row, settings: Settings) -> None:
     row.gpu_node_us = round((graph_time_us(many, device) - raw) / (_NODES - 1), 2)
 
 
-def _floors(case: BenchCase, settings: Settings, baseline: float | None) -> Iterator[Row]:
-    """What no path can beat: a launch that does nothing, one small copy, the bytes at full bandwidth."""
+def _floors(
+    case: BenchCase, settings: Settings, baseline: float | None, timings: Sequence[Timing]
+) -> Iterator[Row]:
+    """What no path can beat: a launch that does nothing, one small copy, the bytes at full bandwidth.
+    `timings`: of the small calls."""
     device = settings.device
-    for name, timing, activity in _small_calls(case.bs, device, settings.budget):
+    for (name, (_, activity)), timing in zip(_small_calls(case.bs, device).items(), timings):
         row = _floor(case, name, device)
         row.set_timing(timing)
         row.launches, row.kernel_us, row.gpu_us = activity.count, activity.kernel_us, activity.kernel_us
@@ -171,23 +177,22 @@ def _floor_us(case: BenchCase, size: int, settings: Settings) -> float:
     device = settings.device
     if device.type != "cuda":
         return size / copy_bandwidth(device, size) * 1e6
-    calls = {name: activity for name, _, activity in _small_calls(case.bs, device, settings.budget)}
+    _, empty = _small_calls(case.bs, device)["empty"]
     cached = size <= torch.cuda.get_device_properties(device).L2_cache_size
-    return max(calls["empty"].kernel_us, 0.0 if cached else size / copy_bandwidth(device, _LARGE) * 1e6)
+    return max(empty.kernel_us, 0.0 if cached else size / copy_bandwidth(device, _LARGE) * 1e6)
 
 
 @functools.cache
-def _small_calls(bs: int, device: torch.device, budget: Budget) -> list[tuple[str, Timing, Activity]]:
+def _small_calls(bs: int, device: torch.device) -> dict[str, tuple[Call, Activity]]:
     """One `copy_` of bs int32; on CUDA also an empty kernel and the replay of an empty graph."""
     source = torch.zeros(bs, dtype=torch.int32, device=device)
     target = torch.zeros_like(source)
-    calls = {"copy_": lambda: target.copy_(source)}
+    calls: dict[str, Call] = {"copy_": lambda: target.copy_(source)}
     if device.type == "cuda":
         calls["empty"] = lambda: torch.cuda._sleep(0)
         calls["graph"] = capture_graph(lambda: None, device).replay
     found = count_activity(list(calls.values()), device)
-    timings = measure_all(list(calls.values()), lambda _: None, device, budget)
-    return list(zip(calls, timings, found))
+    return {name: (call, activity) for (name, call), activity in zip(calls.items(), found)}
 
 
 def _floor(case: BenchCase, name: str, device: torch.device) -> Row:
