@@ -36,6 +36,7 @@ MOST_SETS = 512
 HOST_FACTOR, SGLANG_FACTOR = 1.3, 4.0
 GPU_FACTOR, NODE_LIMIT_US, VECTORS_LIMIT_US = 1.5, 3.0, 4.0
 LARGE_FACTOR, LARGE_REPLICATE_FACTOR = 1.10, 1.15
+TABLES = {"run": "shared tables", "run_in_graph": "in graph"}  # what the host knows of the lengths
 
 
 @dataclass
@@ -220,9 +221,10 @@ class Bench:
             self.add_plan(f"generate plan N={n} bs={bs} cols={cols}", sets)
         for size in (1, 2, 4, 8, 16, 32):
             sets = self.rotation(partial(GenerateSets, self.device, size, cols, 7, "shared"))
-            sets[0].check()
-            case = self.add(f"shared tables N=7 bs={size} cols={cols}", sets)
-            case.limits = [Limit("hot", case.hot_us, NODE_LIMIT_US)]
+            for method in ("run", "run_in_graph"):
+                sets[0].check(method)
+                case = self.add(f"{TABLES[method]} N=7 bs={size} cols={cols}", sets, method)
+                case.limits = [Limit("hot", case.hot_us, NODE_LIMIT_US)]
 
     def vectors(self, bs: int, all_cols: Sequence[int]) -> None:
         for cols in all_cols:
@@ -234,15 +236,16 @@ class Bench:
     def large(self, bs: int, cols: int) -> None:
         """Where bytes are all that counts."""
         shape = self.device, bs, cols, 7
-        for name, factor, make in (
-            ("shared tables", LARGE_FACTOR, partial(GenerateSets, *shape, "shared")),
-            ("generate plan", GPU_FACTOR, partial(GenerateSets, *shape)),
-            ("generate, then copy", LARGE_REPLICATE_FACTOR, partial(ReplicateSets, *shape)),
+        for names, factor, make in (
+            (TABLES, LARGE_FACTOR, partial(GenerateSets, *shape, "shared")),
+            ({"run": "generate plan"}, GPU_FACTOR, partial(GenerateSets, *shape)),
+            ({"run": "generate, then copy"}, LARGE_REPLICATE_FACTOR, partial(ReplicateSets, *shape)),
         ):
             sets = self.rotation(make)
-            sets[0].check()
-            case = self.add(f"{name} N=7 bs={bs} cols={cols}", sets)
-            case.limits = [Limit("gpu/floor", case.ratio, factor)]
+            for method, name in names.items():
+                sets[0].check(method)
+                case = self.add(f"{name} N=7 bs={bs} cols={cols}", sets, method)
+                case.limits = [Limit("gpu/floor", case.ratio, factor)]
             memcpy = partial(MemcpySets, self.device, sets[0].bytes_moved)
             del sets
             self.add("  memcpy node of the same bytes", self.rotation(memcpy))

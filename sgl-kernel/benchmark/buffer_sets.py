@@ -176,6 +176,11 @@ class GenerateSets:
         )
 
     def run(self) -> None:
+        """Before a graph: the host has a bound of the lengths."""
+        self.plan.run(self.cols)
+
+    def run_in_graph(self) -> None:
+        """As a captured launch must be: for any lengths that the tables hold."""
         self.plan.run()
 
     @property
@@ -186,8 +191,8 @@ class GenerateSets:
         tables = tokens + self.num_tables * (tokens + pages) if self.num_tables else 0
         return tables + len(self.destinations) * 4 * (self.bs * 4 + 2)
 
-    def check(self) -> None:
-        self.run()
+    def check(self, method: str = "run") -> None:
+        getattr(self, method)()
         tokens = self.req_to_token[self.req_pool_indices.long()]
         for dst in self.destinations:
             lens = self.seq_lens + dst.seqlens_offset
@@ -227,10 +232,10 @@ class ReplicateSets:
         self.copy = sgl_kernel.FusedMetadataCopyPlan(
             [sgl_kernel.CopyRegion(s, tuple(d)) for s, d in zip(self.live_sources, self.dsts, strict=True)]
         )
+        self.replay = sgl_kernel.bind_generate_and_copy(self.generate.plan, self.copy)
 
     def run(self) -> None:
-        self.generate.run()
-        self.copy.run()
+        self.replay(self.generate.cols)
 
     @property
     def bytes_moved(self) -> int:
@@ -238,9 +243,9 @@ class ReplicateSets:
         live = sum(s.numel() * 4 for s in self.live_sources)
         return self.generate.bytes_moved + (1 + len(self.dsts[0])) * live
 
-    def check(self) -> None:
+    def check(self, method: str = "run") -> None:
+        getattr(self, method)()
         self.generate.check()
-        self.copy.run()
         for src, dsts in zip(self.live_sources, self.dsts, strict=True):
             if not all(torch.equal(src, dst) for dst in dsts):
                 sys.exit("replicate: WRONG RESULT")

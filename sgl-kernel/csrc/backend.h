@@ -17,6 +17,7 @@ constexpr int kBlocksPerSm = 5;     // resident together: 48 registers a thread,
 
 struct CopyParams;
 struct GenerateParams;
+struct TableGrid;
 struct PagedMQAScheduleParams;
 struct DecodeInputsParams;
 
@@ -27,11 +28,25 @@ int32_t device_type();                          // torch's number for it
 void prepare(int32_t device_index);             // loads the kernels, once, so that a later launch may be captured
 int32_t multiprocessors(int32_t device_index);  // what blocks run on at the same time
 
-// They enqueue on the device's current stream and return at once (the CPU: when done).
-void launch_copy(const CopyParams& params, int32_t device_index);
-void launch_generate(const GenerateParams& params, int32_t device_index);
-void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, int32_t device_index);
-void launch_decode_inputs(const DecodeInputsParams& params, int32_t device_index);
+// Where launches go: the device's current stream. The device is the current one for the life of the object.
+class Stream {
+ public:
+  explicit Stream(int32_t device_index);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  void* get() const { return stream_; }
+
+ private:
+  void* stream_ = nullptr;
+  int32_t device_ = 0, previous_ = 0;
+};
+
+// They enqueue and return at once (the CPU: when done).
+void launch_copy(const CopyParams& params, const Stream& stream);
+void launch_generate(const GenerateParams& params, const TableGrid& grid, const Stream& stream);
+void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Stream& stream);
+void launch_decode_inputs(const DecodeInputsParams& params, const Stream& stream);
 
 }  // namespace backend
 }  // namespace sgl_kernel

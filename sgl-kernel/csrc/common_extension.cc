@@ -36,7 +36,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
       m, "nsa_metadata_generate",
       "int forward_mode, int bs, Tensor seq_lens, Tensor req_pool_indices, Tensor req_to_token, Tensor(a!)[] dsts, "
       "int[] dst_fields, int[] seqlens_offsets, int page_size, int topk, int rows_per_req, Tensor? accept_lens, "
-      "bool packed");
+      "bool packed",
+      "int max_len");
   def_planned(m, "decode_inputs",
               "int bs, Tensor seq_lens, Tensor req_pool_indices, Tensor req_to_token, Tensor token_pool, "
               "Tensor(a!) input_ids, Tensor(b!) out_cache_loc, Tensor(c!) positions");
@@ -70,6 +71,15 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
   m.impl("paged_mqa_schedule_once", sgl_kernel::paged_mqa_schedule_once);
   m.impl("nsa_metadata_replicate_run", sgl_kernel::nsa_metadata_replicate_run);
+}
+
+// What is called once a step is registered for the key that a plan, a tensor on the CPU, is dispatched to first: else
+// torch's fallback of that key stands in between.
+STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, AutogradCPU, m) {
+  m.impl("fused_metadata_copy_run", sgl_kernel::fused_metadata_copy_run);
+  m.impl("nsa_metadata_generate_run", sgl_kernel::nsa_metadata_generate_run);
+  m.impl("nsa_metadata_replicate_run", sgl_kernel::nsa_metadata_replicate_run);
+  m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
 }
 
 namespace sgl_kernel {

@@ -93,9 +93,25 @@ def test_a_replay_keeps_its_plans_alive() -> None:
 
 def test_a_bound_beyond_the_tables_is_refused() -> None:
     rig = Rig()
-    for name in ("copy", "both"):
+    for name, max_len in (
+        ("copy", WIDTH + 1),
+        ("both", WIDTH + 1),
+        ("copy", -2),
+        ("generate", -2),
+        ("both", -2),
+    ):
         with pytest.raises(RuntimeError, match="max_len"):
-            runs(rig)[name][1](WIDTH + 1)
+            runs(rig)[name][1](max_len)
+
+
+def test_nothing_is_generated_where_the_copy_is_refused() -> None:
+    """The generation was enqueued before the copy's arguments were looked at."""
+    rig = Rig()
+    rig.poison()
+    poisoned = rig.contents()
+    with pytest.raises(RuntimeError, match="max_len"):
+        runs(rig)["both"][1](WIDTH + 1)
+    assert all(map(torch.equal, rig.contents(), poisoned))
 
 
 def test_plans_in_each_others_place_are_refused() -> None:

@@ -174,7 +174,7 @@ def test_a_plan_of_another_operator_is_refused() -> None:
         with pytest.raises(
             RuntimeError, match="nsa_metadata_generate: plan: expected a plan made by this operator"
         ):
-            operators.nsa_metadata_generate_run(wrong)
+            operators.nsa_metadata_generate_run(wrong, -1)
     with pytest.raises(
         RuntimeError, match="fused_metadata_copy: plan: expected a plan made by this operator for cpu"
     ):

@@ -1,4 +1,4 @@
-// Small CUDA helpers of the launches: errors with text, torch's current stream, the right current device.
+// Small CUDA helpers of the launches: errors with text, the right current device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +6,9 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+
+#include "backend.h"
 
 namespace sgl_kernel {
 
@@ -49,14 +52,6 @@ class DeviceScope {
   int previous_ = 0;
 };
 
-inline cudaStream_t current_stream(int32_t device_index) {
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(device_index, &stream) != 0) {
-    throw std::runtime_error("sgl_kernel: torch did not tell the current CUDA stream");
-  }
-  return static_cast<cudaStream_t>(stream);
-}
-
 // Loads a kernel now: the driver would load it at its first launch, which may be in a capture. The calls that capturing
 // forbids to a thread are allowed meanwhile; loading is none of the captured work.
 template <typename Kernel>
@@ -69,17 +64,16 @@ void load_kernel(Kernel* kernel, const char* name) {
   check_cuda(status, name);
 }
 
-// Enqueues a kernel, whose one argument is `params`, on the current stream. The status is that of this launch.
-template <typename Params>
-void launch_kernel(void (*kernel)(Params), const char* name, uint32_t blocks, uint32_t threads, const Params& params,
-                   int32_t device_index) {
-  const DeviceScope scope(device_index);
+// Enqueues a kernel with its parameters. The status is that of this launch.
+template <typename... Params>
+void launch_kernel(void (*kernel)(Params...), const char* name, const backend::Stream& stream, uint32_t blocks,
+                   uint32_t threads, const std::remove_const_t<Params>&... params) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
-  config.stream = current_stream(device_index);
-  void* arguments[] = {const_cast<Params*>(&params)};
-  check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), name);
+  config.stream = static_cast<cudaStream_t>(stream.get());
+  const void* arguments[] = {&params...};
+  check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), const_cast<void**>(arguments)), name);
 }
 
 }  // namespace sgl_kernel

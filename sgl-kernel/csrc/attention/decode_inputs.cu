@@ -9,9 +9,9 @@ void load_decode_inputs_kernel() { load_kernel(decode_inputs_kernel, "loading de
 
 namespace backend {
 
-void launch_decode_inputs(const DecodeInputsParams& params, int32_t device_index) {
+void launch_decode_inputs(const DecodeInputsParams& params, const Stream& stream) {
   const uint32_t blocks = (static_cast<uint32_t>(params.bs) + kBlockThreads - 1) / kBlockThreads;
-  launch_kernel(decode_inputs_kernel, "launch of decode_inputs_kernel", blocks, kBlockThreads, params, device_index);
+  launch_kernel(decode_inputs_kernel, "launch of decode_inputs_kernel", stream, blocks, kBlockThreads, params);
 }
 
 }  // namespace backend

@@ -68,7 +68,7 @@ Planned<DecodeInputsParams> make_decode_inputs_plan(StableIValue* stack) {
 }
 
 void run(const PlanView<DecodeInputsParams>& plan) {
-  if (plan.begin->bs > 0) backend::launch_decode_inputs(*plan.begin, plan.header->device_index);
+  if (plan.begin->bs > 0) backend::launch_decode_inputs(*plan.begin, backend::Stream(plan.header->device_index));
 }
 
 }  // namespace

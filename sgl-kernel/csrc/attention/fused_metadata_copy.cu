@@ -1,5 +1,4 @@
 // CUDA backend: device queries, loading of the kernels, and the launch of the copy.
-#include <algorithm>
 #include <atomic>
 
 #include "attention/cuda_launch.h"
@@ -53,12 +52,22 @@ int32_t multiprocessors(int32_t device_index) {
   return count;
 }
 
-// One block per tile while all blocks are resident together; beyond that every block takes several tiles.
-void launch_copy(const CopyParams& params, int32_t device_index) {
+Stream::Stream(int32_t device_index) : device_(device_index) {
+  check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+  if (aoti_torch_get_current_cuda_stream(device_, &stream_) != 0) {
+    throw std::runtime_error("sgl_kernel: torch did not tell the current CUDA stream");
+  }
+  if (previous_ != device_) check_cuda(cudaSetDevice(device_), "cudaSetDevice");
+}
+Stream::~Stream() {
+  if (previous_ != device_) cudaSetDevice(previous_);
+}
+
+// One block per tile, however many: the memory then sees the tiles in order, and no SM waits for another at the end.
+void launch_copy(const CopyParams& params, const Stream& stream) {
   if (params.num_tiles == 0) return;
-  const uint32_t resident = static_cast<uint32_t>(multiprocessors(device_index) * kBlocksPerSm);
-  launch_kernel(fused_metadata_copy_kernel, "launch of fused_metadata_copy_kernel",
-                std::min(params.num_tiles, resident), kBlockThreads, params, device_index);
+  launch_kernel(fused_metadata_copy_kernel, "launch of fused_metadata_copy_kernel", stream, params.num_tiles,
+                kBlockThreads, params);
 }
 
 }  // namespace backend

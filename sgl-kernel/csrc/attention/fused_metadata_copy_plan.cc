@@ -4,8 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "attention/copy_launch.h"
-#include "plan.h"
+#include "attention/plan_runs.h"
 #include "sgl_kernel_ops.h"
 #include "stack.h"
 
@@ -148,17 +147,25 @@ Planned<CopyLaunch> make_copy_plan(StableIValue* stack) {
   return {make_header(regions, device_index, launches.size()), std::move(launches), std::move(tensors)};
 }
 
-void run(const PlanView<CopyLaunch>& plan, int64_t expanded_rows, int64_t max_len) {
+CopyRun checked_run(const PlanView<CopyLaunch>& plan, int64_t expanded_rows, int64_t max_len) {
   check_limit("expanded_rows", expanded_rows, plan.header->limits[0]);
   check_limit("max_len", max_len, plan.header->limits[1]);
-  for (const CopyLaunch* launch = plan.begin; launch != plan.end; ++launch) {
-    CopyParams params = launch->params;  // a plan is never written: runs on several threads may share it
-    launch->set_extents(params, expanded_rows, max_len);
-    backend::launch_copy(params, plan.header->device_index);
-  }
+  return {plan, expanded_rows, max_len};
 }
 
 }  // namespace
+
+CopyRun open_copy_run(AtenTensorHandle plan, int64_t expanded_rows, int64_t max_len) {
+  return checked_run(open_plan<CopyLaunch>(kOp, plan, kMagic), expanded_rows, max_len);
+}
+
+void CopyRun::enqueue(const backend::Stream& stream) const {
+  for (const CopyLaunch* launch = plan.begin; launch != plan.end; ++launch) {
+    CopyParams params = launch->params;  // a plan is never written: runs on several threads may share it
+    launch->set_extents(params, expanded_rows, max_len);
+    backend::launch_copy(params, stream);
+  }
+}
 
 void fused_metadata_copy_plan(StableIValue* stack, uint64_t, uint64_t) {
   const auto plan = make_copy_plan(stack);
@@ -167,14 +174,14 @@ void fused_metadata_copy_plan(StableIValue* stack, uint64_t, uint64_t) {
 
 void fused_metadata_copy_run(StableIValue* stack, uint64_t, uint64_t) {
   const TensorHandle plan_tensor = take_tensor(stack[0]);
-  const int64_t expanded_rows = take<int64_t>(stack[1]), max_len = take<int64_t>(stack[2]);
-  run(open_plan<CopyLaunch>(kOp, plan_tensor.get(), kMagic), expanded_rows, max_len);
+  const CopyRun run = open_copy_run(plan_tensor.get(), take<int64_t>(stack[1]), take<int64_t>(stack[2]));
+  run.enqueue(backend::Stream(run.plan.header->device_index));
 }
 
 void fused_metadata_copy_once(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t expanded_rows = take<int64_t>(stack[6]), max_len = take<int64_t>(stack[7]);
   const auto plan = make_copy_plan(stack);
-  run(plan.view(), expanded_rows, max_len);
+  checked_run(plan.view(), expanded_rows, max_len).enqueue(backend::Stream(plan.header.device_index));
 }
 
 }  // namespace sgl_kernel

@@ -182,7 +182,7 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
     launch.add(regions[r], next);
   }
   launch.set_extents(launch.params, -1, -1);
-  backend::launch_copy(launch.params, device_index);
+  backend::launch_copy(launch.params, backend::Stream(device_index));
 }
 
 std::string schema(const char* name, bool multi, const char* integers) {

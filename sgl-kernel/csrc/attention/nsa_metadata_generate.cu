@@ -6,7 +6,7 @@
 namespace sgl_kernel {
 namespace {
 
-using Kernel = void (*)(const GenerateParams);
+using Kernel = void (*)(const GenerateParams, const TableGrid);
 constexpr Kernel kKernels[] = {nsa_metadata_generate_kernel<Mode::kDecode>,
                                nsa_metadata_generate_kernel<Mode::kTargetVerify>,
                                nsa_metadata_generate_kernel<Mode::kDraftExtend>};
@@ -19,11 +19,11 @@ void load_generate_kernels() {
 
 namespace backend {
 
-void launch_generate(const GenerateParams& params, int32_t device_index) {
-  const uint32_t blocks = static_cast<uint32_t>(params.num_vectors + params.table_blocks);
+void launch_generate(const GenerateParams& params, const TableGrid& grid, const Stream& stream) {
+  const uint32_t blocks = static_cast<uint32_t>(params.num_vectors + grid.blocks);
   if (blocks == 0) return;
-  launch_kernel(kKernels[static_cast<int32_t>(params.mode)], "launch of nsa_metadata_generate_kernel", blocks,
-                kGenerateThreads, params, device_index);
+  launch_kernel(kKernels[static_cast<int32_t>(params.mode)], "launch of nsa_metadata_generate_kernel", stream, blocks,
+                kGenerateThreads, params, grid);
 }
 
 }  // namespace backend

@@ -5,9 +5,8 @@
 #include <utility>
 #include <vector>
 
-#include "attention/nsa_metadata_generate.cuh"
+#include "attention/plan_runs.h"
 #include "overlap.h"
-#include "plan.h"
 #include "sgl_kernel_ops.h"
 #include "stack.h"
 
@@ -16,6 +15,8 @@ namespace {
 
 constexpr const char* kOp = "nsa_metadata_generate";
 constexpr uint64_t kMagic = 0x67656e657261u * 256 + kAbiVersion;
+constexpr int64_t kMostBlocks = 1 << 17;  // that write tables, or one for each request
+constexpr int64_t kGenerateWaves = 4;
 constexpr int64_t kMaxColumns = kMaxLength;  // column arithmetic is 32-bit; offsets are 64-bit
 
 // The fields of a destination, in the order in which their tensors stand in `dsts`. Bit f of dst_fields[d]
@@ -191,7 +192,7 @@ bool rows_start_on_16_bytes(const void* data, int64_t stride) {
 }
 
 // Sets what depends on all tables of the launch.
-void set_tables(GenerateParams& launch, int32_t multiprocessors) {
+void set_tables(GenerateParams& launch) {
   if (launch.num_tables == 0) return;
   launch.max_offset = launch.min_offset = launch.tables[0].seqlens_offset;
   bool aligned = rows_start_on_16_bytes(launch.req_to_token, launch.token_stride);
@@ -211,15 +212,6 @@ void set_tables(GenerateParams& launch, int32_t multiprocessors) {
   launch.common_cols = aligned ? static_cast<int32_t>(common_cols) : 0;
   launch.pages_by_warp =
       launch.has_pages && launch.page_size % kColumnsPerLoad == 0 && launch.page_size >= kWarpColumns / 32;
-  if (launch.bs == 0) return;
-
-  // One wave of blocks, of which each has one of the first tiles.
-  const int64_t chunks = (max_cols + kTileColumns - 1) / kTileColumns;
-  const int64_t resident = std::max<int64_t>(int64_t{multiprocessors} * kGenerateBlocksPerSm - launch.num_vectors, 1);
-  const int64_t first_chunks = std::clamp<int64_t>(resident / launch.bs, 1, chunks);
-  launch.first_chunks = static_cast<int32_t>(first_chunks);
-  launch.by_first_chunks = divisor(first_chunks);
-  launch.table_blocks = static_cast<int32_t>(std::min(first_chunks * launch.bs, resident));
 }
 
 GenerateParams common_params(const PlanArgs& args) {
@@ -250,7 +242,7 @@ std::vector<GenerateParams> make_launches(const PlanArgs& args, const std::vecto
     if (dsts[d].has_vectors()) launch.vectors[launch.num_vectors++] = vectors_of(dsts[d]);
     add_tables(launch, tables_of(dsts[d]));
   }
-  for (GenerateParams& launch : launches) set_tables(launch, backend::multiprocessors(args.seq_lens.device_index));
+  for (GenerateParams& launch : launches) set_tables(launch);
   return launches;
 }
 
@@ -310,13 +302,39 @@ Planned<GenerateParams> make_generate_plan(StableIValue* stack) {
           std::move(tensors)};
 }
 
-void run(const PlanView<GenerateParams>& plan) {
-  for (const GenerateParams* launch = plan.begin; launch != plan.end; ++launch) {
-    backend::launch_generate(*launch, plan.header->device_index);
-  }
+// A block for each tile of requests that are as long as `max_len`, or as the tables are wide: the memory then sees the
+// tiles in order, and no SM waits for another at the end. A block beyond a request's length costs little, but not
+// nothing: where lengths are not known, blocks are at most kGenerateWaves times what is resident, and take more than
+// one tile.
+TableGrid table_grid(const GenerateParams& launch, int32_t device_index, int64_t max_len) {
+  if (launch.num_tables == 0 || launch.bs == 0 || launch.max_cols == 0) return {};
+  const bool bounded = max_len >= 0;
+  const int64_t columns = bounded ? std::clamp<int64_t>(max_len, 1, launch.max_cols) : launch.max_cols;
+  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;  // of a request
+  const int64_t resident = backend::multiprocessors(device_index) * kGenerateBlocksPerSm;
+  const int64_t most = bounded ? kMostBlocks : std::min(resident * kGenerateWaves, kMostBlocks);
+  const int64_t in_piece = std::min((tiles * launch.bs + most - 1) / most, tiles),
+                pieces = (tiles + in_piece - 1) / in_piece;
+  return {static_cast<int32_t>(pieces * launch.bs), static_cast<int32_t>(pieces),
+          static_cast<int32_t>(in_piece * kTileColumns), divisor(pieces), bounded};
+}
+
+GenerateRun checked_run(const PlanView<GenerateParams>& plan, int64_t max_len) {
+  if (max_len < -1) reject(kOp, {"max_len"}, "-1 (not known) or a length", max_len);
+  return {plan, max_len};
 }
 
 }  // namespace
+
+GenerateRun open_generate_run(AtenTensorHandle plan, int64_t max_len) {
+  return checked_run(open_plan<GenerateParams>(kOp, plan, kMagic), max_len);
+}
+
+void GenerateRun::enqueue(const backend::Stream& stream) const {
+  for (const GenerateParams* launch = plan.begin; launch != plan.end; ++launch) {
+    backend::launch_generate(*launch, table_grid(*launch, plan.header->device_index, max_len), stream);
+  }
+}
 
 void nsa_metadata_generate_plan(StableIValue* stack, uint64_t, uint64_t) {
   const auto plan = make_generate_plan(stack);
@@ -325,12 +343,14 @@ void nsa_metadata_generate_plan(StableIValue* stack, uint64_t, uint64_t) {
 
 void nsa_metadata_generate_run(StableIValue* stack, uint64_t, uint64_t) {
   const TensorHandle plan_tensor = take_tensor(stack[0]);
-  run(open_plan<GenerateParams>(kOp, plan_tensor.get(), kMagic));
+  const GenerateRun run = open_generate_run(plan_tensor.get(), take<int64_t>(stack[1]));
+  run.enqueue(backend::Stream(run.plan.header->device_index));
 }
 
 void nsa_metadata_generate_once(StableIValue* stack, uint64_t, uint64_t) {
+  const int64_t max_len = take<int64_t>(stack[13]);
   const auto plan = make_generate_plan(stack);
-  run(plan.view());
+  checked_run(plan.view(), max_len).enqueue(backend::Stream(plan.header.device_index));
 }
 
 }  // namespace sgl_kernel

@@ -9,9 +9,9 @@ void load_paged_mqa_schedule_kernel() { load_kernel(paged_mqa_schedule_kernel, "
 
 namespace backend {
 
-void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, int32_t device_index) {
-  launch_kernel(paged_mqa_schedule_kernel, "launch of paged_mqa_schedule_kernel",
-                static_cast<uint32_t>(params.num_schedules), kBlockThreads, params, device_index);
+void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Stream& stream) {
+  launch_kernel(paged_mqa_schedule_kernel, "launch of paged_mqa_schedule_kernel", stream,
+                static_cast<uint32_t>(params.num_schedules), kBlockThreads, params);
 }
 
 }  // namespace backend

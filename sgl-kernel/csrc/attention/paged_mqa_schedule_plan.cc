@@ -118,8 +118,9 @@ Planned<PagedMQAScheduleParams> make_schedule_plan(StableIValue* stack) {
 }
 
 void run(const PlanView<PagedMQAScheduleParams>& plan) {
+  const backend::Stream stream(plan.header->device_index);
   for (const PagedMQAScheduleParams* launch = plan.begin; launch != plan.end; ++launch) {
-    backend::launch_paged_mqa_schedule(*launch, plan.header->device_index);
+    backend::launch_paged_mqa_schedule(*launch, stream);
   }
 }
 

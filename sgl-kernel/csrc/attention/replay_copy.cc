@@ -89,7 +89,7 @@ void copy_fields(const char* op, const ReplayFields& plan, const Handle* sources
     if (regions[f].extent.cols > 0) launch.add(regions[f], next);
   }
   launch.set_extents(launch.params, -1, -1);
-  backend::launch_copy(launch.params, device_index);
+  backend::launch_copy(launch.params, backend::Stream(device_index));
 }
 
 // ---- the plan: any fields, described by data --------------------------------------------------------------------

@@ -7,7 +7,7 @@
 
 #include "attention/decode_inputs.cuh"
 #include "attention/fused_metadata_copy.cuh"
-#include "attention/nsa_metadata_generate.cuh"
+#include "attention/nsa_metadata_generate.h"
 #include "attention/paged_mqa_schedule.cuh"
 
 namespace sgl_kernel {
@@ -72,9 +72,11 @@ namespace backend {
 const char* device_name() { return "cpu"; }
 int32_t device_type() { return aoti_torch_device_type_cpu(); }
 void prepare(int32_t) {}
+Stream::Stream(int32_t) {}
+Stream::~Stream() = default;
 int32_t multiprocessors(int32_t) { return 1; }
 
-void launch_copy(const CopyParams& params, int32_t) {
+void launch_copy(const CopyParams& params, const Stream&) {
   for (uint32_t r = 0; r < params.num_regions; ++r) {
     const CopyRegion& region = params.regions[r];
     if (region.row_bytes == 0) continue;
@@ -87,16 +89,16 @@ void launch_copy(const CopyParams& params, int32_t) {
   }
 }
 
-void launch_generate(const GenerateParams& params, int32_t) {
+void launch_generate(const GenerateParams& params, const TableGrid&, const Stream&) {
   for (int d = 0; d < params.num_vectors; ++d) write_vectors(params, params.vectors[d]);
   for (int t = 0; t < params.num_tables; ++t) write_tables(params, params.tables[t]);
 }
 
-void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, int32_t) {
+void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Stream&) {
   for (int k = 0; k < params.num_schedules; ++k) write_schedule(params, params.schedules[k]);
 }
 
-void launch_decode_inputs(const DecodeInputsParams& params, int32_t) {
+void launch_decode_inputs(const DecodeInputsParams& params, const Stream&) {
   for (int32_t i = 0; i < params.bs; ++i) write_decode_inputs(params, i);
 }
 

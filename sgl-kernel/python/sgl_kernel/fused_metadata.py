@@ -170,9 +170,11 @@ class NSAMetadataGeneratePlan(Plan):
             packed,
         )
 
-    def run(self) -> None:
-        """Generates, on the current stream."""
-        self._enqueue()
+    def run(self, max_len: int = -1) -> None:
+        """Generates, on the current stream. `max_len`, where the host knows it: the longest row, or more.
+        It saves time alone: rows that are longer are generated whole. -1 where the launch is captured and
+        lengths will change."""
+        self._enqueue(max_len)
 
 
 def fused_metadata_copy_cuda(

@@ -19,28 +19,30 @@ namespace backend {
 const char* device_name() { return "cpu"; }
 int32_t device_type() { return aoti_torch_device_type_cpu(); }
 void prepare(int32_t) {}
+Stream::Stream(int32_t) {}
+Stream::~Stream() = default;
 int32_t multiprocessors(int32_t) { return 1; }  // few, so that blocks take several tiles
 
-void launch_copy(const CopyParams& params, int32_t) {
+void launch_copy(const CopyParams& params, const Stream&) {
   const uint32_t blocks = std::min(params.num_tiles, static_cast<uint32_t>(kBlocksPerSm));
   emulation::block.launch(blocks, kBlockThreads, [&] { fused_metadata_copy_kernel(params); });
 }
 
-void launch_generate(const GenerateParams& params, int32_t) {
+void launch_generate(const GenerateParams& params, const TableGrid& grid, const Stream&) {
   constexpr auto kKernels =
       std::array{nsa_metadata_generate_kernel<Mode::kDecode>, nsa_metadata_generate_kernel<Mode::kTargetVerify>,
                  nsa_metadata_generate_kernel<Mode::kDraftExtend>};
   const auto kernel = kKernels[static_cast<int32_t>(params.mode)];
-  emulation::block.launch(static_cast<uint32_t>(params.num_vectors + params.table_blocks), kGenerateThreads,
-                          [&] { kernel(params); });
+  emulation::block.launch(static_cast<uint32_t>(params.num_vectors + grid.blocks), kGenerateThreads,
+                          [&] { kernel(params, grid); });
 }
 
-void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, int32_t) {
+void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Stream&) {
   emulation::block.launch(static_cast<uint32_t>(params.num_schedules), kBlockThreads,
                           [&] { paged_mqa_schedule_kernel(params); });
 }
 
-void launch_decode_inputs(const DecodeInputsParams& params, int32_t) {
+void launch_decode_inputs(const DecodeInputsParams& params, const Stream&) {
   const uint32_t blocks = (static_cast<uint32_t>(params.bs) + kBlockThreads - 1) / kBlockThreads;
   emulation::block.launch(blocks, kBlockThreads, [&] { decode_inputs_kernel(params); });
 }

@@ -1,0 +1,168 @@
+// The page tables of all destinations, in tiles.
+#pragma once
+
+#include "attention/nsa_metadata_generate.h"
+
+namespace sgl_kernel {
+
+// First row of request i when rows are packed: the accepted tokens of all requests before it.
+__device__ __forceinline__ int64_t packed_row(const GenerateParams& p, int32_t i) {
+  uint32_t before = 0;
+  for (int32_t k = static_cast<int32_t>(threadIdx.x & 31); k < i; k += 32) {
+    before += static_cast<uint32_t>(accept_len(p, Mode::kDraftExtend, k));
+  }
+  return __reduce_add_sync(~0u, before);
+}
+
+// Columns of a request that some table needs.
+template <Mode kMode>
+__device__ __forceinline__ int32_t needed_columns(const GenerateParams& p, Request request) {
+  const int32_t rows = num_live_rows(p, kMode, request.accepted);
+  if (rows == 0) return 0;
+  return smaller(row_len(kMode, kv_len(request.seq_len, p.max_offset), request.accepted, rows - 1), p.max_cols);
+}
+
+// A tile of one request: where its columns come from and go to.
+struct Tile {
+  Request request;
+  int32_t rows;  // live rows of the request
+  int64_t row0;  // its first row
+  const int32_t* tokens;
+  int32_t begin, end;  // columns; all tables together need no more
+};
+
+// The page that a lane writes of a warp's columns, `begin` and on, all of which are in the registers of the warp.
+struct LanePage {
+  int32_t page, value;
+  bool exists;
+};
+__device__ __forceinline__ LanePage lane_page(const GenerateParams& p, int32_t begin,
+                                              const int4 (&tokens)[kLoadsInFlight]) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) & 31;
+  const int32_t page = (begin == 0 ? 0 : divide(begin - 1, p.by_page_size) + 1) + lane;
+  const int64_t at = int64_t{page} * p.page_size - begin;
+  const int32_t load = static_cast<int32_t>(at) / (32 * kColumnsPerLoad);
+  const int32_t owner = static_cast<int32_t>(at) / kColumnsPerLoad & 31;
+  int32_t token = 0;
+#pragma unroll
+  for (int k = 0; k < kLoadsInFlight; ++k) {
+    const int32_t theirs = __shfl_sync(~0u, tokens[k].x, owner);
+    if (load == k) token = theirs;
+  }
+  return {page, page_of_token(p, token), at < kWarpColumns};
+}
+
+// A tile that all rows of all tables have whole. The columns of a warp are one piece, and with them the pages that
+// begin there: their numbers leave the warp side by side.
+__device__ __forceinline__ void copy_whole_tile(const GenerateParams& p, const Tile& tile) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x) & 31;
+  const int32_t begin = tile.begin + (static_cast<int32_t>(threadIdx.x) >> 5) * kWarpColumns;
+  const int32_t column = begin + lane * kColumnsPerLoad;
+  const int4* const source = reinterpret_cast<const int4*>(tile.tokens + column);
+  int4 tokens[kLoadsInFlight];
+#pragma unroll
+  for (int k = 0; k < kLoadsInFlight; ++k) tokens[k] = __ldg(source + k * 32);
+  LanePage mine{};
+  if (p.pages_by_warp) mine = lane_page(p, begin, tokens);
+#pragma unroll 1
+  for (int32_t t = 0; t < p.num_tables; ++t) {
+    const GenerateTables& table = p.tables[t];
+    if (table.page_table_1 != nullptr) {
+      int32_t* row = table.page_table_1 + tile.row0 * table.stride1 + column;
+#pragma unroll 1
+      for (int32_t j = 0; j < tile.rows; ++j, row += table.stride1) {
+#pragma unroll
+        for (int k = 0; k < kLoadsInFlight; ++k) reinterpret_cast<int4*>(row)[k * 32] = tokens[k];
+      }
+    }
+    if (mine.exists && mine.page < table.width2) {
+      int32_t* pages = table.real_page_table + tile.row0 * table.stride2 + mine.page;
+#pragma unroll 1
+      for (int32_t j = 0; j < tile.rows; ++j, pages += table.stride2) *pages = mine.value;
+    }
+  }
+}
+
+// A tile in which rows end, or whose rows are not aligned: as many bytes in flight, 4 at a time.
+template <Mode kMode>
+__device__ __forceinline__ void copy_ragged_tile(const GenerateParams& p, const Tile& tile) {
+  constexpr int kColumns = kLoadsInFlight * kColumnsPerLoad;
+  const int32_t column = tile.begin + static_cast<int32_t>(threadIdx.x);
+  int32_t tokens[kColumns];
+#pragma unroll
+  for (int k = 0; k < kColumns; ++k) {
+    if (column + k * kGenerateThreads < tile.end) tokens[k] = __ldg(tile.tokens + column + k * kGenerateThreads);
+  }
+#pragma unroll 1
+  for (int32_t t = 0; t < p.num_tables; ++t) {
+    const GenerateTables& table = p.tables[t];
+    if (table.page_table_1 == nullptr) continue;
+    const int32_t kv = kv_len(tile.request.seq_len, table.seqlens_offset);
+    int32_t* row = table.page_table_1 + tile.row0 * table.stride1 + column;
+#pragma unroll 1
+    for (int32_t j = 0; j < tile.rows; ++j, row += table.stride1) {
+      const int32_t left = smaller(row_len(kMode, kv, tile.request.accepted, j), table.width1) - column;
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        if (k * kGenerateThreads < left) row[k * kGenerateThreads] = tokens[k];
+      }
+    }
+  }
+}
+
+// The pages that begin in a tile, a thread each. Their tokens were just loaded.
+template <Mode kMode>
+__device__ __forceinline__ void write_pages(const GenerateParams& p, const Tile& tile) {
+  const int32_t first = tile.begin == 0 ? 0 : divide(tile.begin - 1, p.by_page_size) + 1;
+  for (int64_t page = first + static_cast<int32_t>(threadIdx.x); page * p.page_size < tile.end;
+       page += kGenerateThreads) {
+    const int32_t column = static_cast<int32_t>(page) * p.page_size;
+    const int32_t value = page_of_token(p, __ldg(tile.tokens + column));
+#pragma unroll 1
+    for (int32_t t = 0; t < p.num_tables; ++t) {
+      const GenerateTables& table = p.tables[t];
+      if (page >= table.width2) continue;
+      const int32_t kv = kv_len(tile.request.seq_len, table.seqlens_offset);
+      int32_t* pages = table.real_page_table + tile.row0 * table.stride2 + page;
+#pragma unroll 1
+      for (int32_t j = 0; j < tile.rows; ++j, pages += table.stride2) {
+        if (column < row_len(kMode, kv, tile.request.accepted, j)) *pages = value;
+      }
+    }
+  }
+}
+
+// A block writes a piece of one request's rows, tile by tile. Where the host has bounded the lengths, who has the last
+// piece of a request goes on to its end: the host may be wrong.
+template <Mode kMode>
+__device__ __forceinline__ void write_tables(const GenerateParams& p, const TableGrid& grid, int32_t block) {
+  const int32_t i = divide(block, grid.by_pieces), piece = block - i * grid.pieces;
+  // Both loads are under way before either is needed: a launch this short is a chain of memory latencies.
+  Tile tile;
+  tile.request = load_request(p, kMode, i);
+  tile.tokens = token_row(p, i);
+  tile.begin = piece * grid.columns;
+  const int32_t needed = needed_columns<kMode>(p, tile.request);
+  const bool goes_on = grid.bounded && piece == grid.pieces - 1;
+  const int32_t end = goes_on ? needed : smaller(needed, tile.begin + grid.columns);
+  if (tile.begin >= end) return;
+  tile.rows = num_live_rows(p, kMode, tile.request.accepted);
+  const bool packed = kMode == Mode::kDraftExtend && p.packed;
+  tile.row0 = packed ? packed_row(p, i) : static_cast<int64_t>(i) * p.rows_per_req;
+
+  const int32_t shortest = row_len(kMode, kv_len(tile.request.seq_len, p.min_offset), tile.request.accepted, 0);
+  const int32_t common = smaller(shortest, p.common_cols);
+#pragma unroll 1
+  for (; tile.begin < end; tile.begin += kTileColumns) {
+    tile.end = smaller(end, tile.begin + kTileColumns);
+    const bool whole = tile.begin + kTileColumns <= common;
+    if (whole) {
+      copy_whole_tile(p, tile);
+    } else {
+      copy_ragged_tile<kMode>(p, tile);
+    }
+    if (p.has_pages && !(whole && p.pages_by_warp)) write_pages<kMode>(p, tile);
+  }
+}
+
+}  // namespace sgl_kernel
