@@ -78,7 +78,7 @@ def test_interleaved_columns_are_no_overlap(device: str) -> None:
     assert torch.equal(buffer, expected)
 
 
-LAUNCHES = [(16, 9, 1), (20, 9, 1), (1, 12, 1), (1, 13, 2), (209, 1, 2), (0, 3, 0), (30, 12, 2)]
+LAUNCHES = [(16, 9, 1), (20, 9, 2), (1, 32, 1), (1, 33, 2), (159, 1, 1), (160, 1, 2), (0, 3, 0), (30, 12, 3)]
 
 
 @pytest.mark.parametrize(("destinations", "regions", "launches"), LAUNCHES)
@@ -87,6 +87,14 @@ def test_launches(destinations: int, regions: int, launches: int, device: str) -
     rig = CopyRig(CopyCase((spec,) * regions), device)
     rig.check()
     assert rig.plan.launches == launches
+
+
+def test_seven_backends_with_lengths_of_their_own_are_one_launch(device: str) -> None:
+    """Draft lengths `step`: two tables into all of seven backends, four vectors into each. It took three."""
+    table, vector = (RegionSpec("r", shape, ((0, 1, 0),) * n) for shape, n in (((3, 11), 7), ((3,), 1)))
+    rig = CopyRig(CopyCase((table,) * 2 + (vector,) * 28), device)
+    rig.check()
+    assert rig.plan.launches == 1
 
 
 def test_rows_four_mebibytes_apart(device: str) -> None:

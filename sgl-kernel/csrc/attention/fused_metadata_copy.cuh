@@ -9,8 +9,8 @@
 
 namespace sgl_kernel {
 
-constexpr int kMaxCopyRegions = 12;  // regions in one launch
-constexpr int kMaxCopySlots = 208;   // (region, destination) pairs in one launch: 16 destinations of 13 regions
+constexpr int kMaxCopyRegions = 32;  // regions in one launch: two tables, and four vectors of each of seven backends
+constexpr int kMaxCopySlots = 159;   // (region, destination) pairs in one launch: 13 destinations of 12 regions
 constexpr int kCopyBytesPerThread = 16;
 
 // One destination of one region.

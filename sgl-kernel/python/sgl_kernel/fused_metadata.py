@@ -37,7 +37,7 @@ class CopyRegion:
 
 
 class FusedMetadataCopyPlan(Plan):
-    """Copies regions to any number of destinations; up to 16 destinations of 12 regions are one launch.
+    """Copies regions to any number of destinations; up to 32 regions and 159 destinations are one launch.
 
     The plan holds addresses and keeps the memory behind them; storage must not be resized. No source may
     overlap a destination, nor one destination another (the same one twice is legal). A run enqueues on the
