@@ -35,16 +35,15 @@ WARM_STEPS, TIMED_STEPS = 20, 100
 # Methods of our server that are timed one by one; a later one may lie within an earlier one.
 SPANS = (
     ("sglang.srt.managers.scheduler", "Scheduler.step"),
+    ("sglang.srt.managers.scheduler", "Scheduler.can_run_ahead"),
     ("sglang.srt.managers.scheduler", "Scheduler.schedule_decode"),
+    ("sglang.srt.managers.tp_worker", "TpModelWorker.launch_decode"),
+    ("sglang.srt.model_executor.step_runner", "StepRunner.load"),
+    ("sglang.srt.model_executor.step_graph", "StepGraph.replay"),
+    ("sglang.srt.model_executor.read_back", "ReadBack.start"),
+    ("sglang.srt.managers.tp_worker", "PendingDecode.read"),
     ("sglang.srt.managers.scheduler", "Scheduler.process_decode"),
     ("sglang.srt.managers.scheduler", "Scheduler.send_outputs"),
-    ("sglang.srt.speculative.eagle_worker", "EAGLEWorker.decode"),
-    ("sglang.srt.speculative.eagle_worker", "EAGLEWorker.launch_decode"),
-    ("sglang.srt.speculative.eagle_worker", "EAGLEWorker.read_decode"),
-    ("sglang.srt.managers.tp_worker", "TpModelWorker._load_step"),
-    ("sglang.srt.speculative.eagle_worker", "EAGLEWorker._accept"),
-    ("sglang.srt.speculative.eagle_worker", "EAGLEWorker._decode_output"),
-    ("sglang.srt.model_executor.step_function", "StepFunction.replay"),
 )
 
 
@@ -178,7 +177,7 @@ class OwnEngine:
             "|---|---|---|",
         ]
         for (file, _, name), (_, calls, own, *_) in ranked:
-            where = f"{Path(file).stem}.{name}" if file not in ("~", "") else name
+            where = f"{Path(file).stem}.{name}" if file not in ("~", "") else name.partition(" at 0x")[0]
             lines.append(f"| `{where[:80]}` | {calls / TIMED_STEPS:.1f} | {own / TIMED_STEPS * 1e6:.1f} |")
         return "\n".join(lines) + "\n"
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.environ import envs
 
 PROMPTS = [
     torch.randint(0, 250, (length,), generator=torch.Generator().manual_seed(length)).tolist()
@@ -59,15 +60,19 @@ def expected(dummy_model: Path) -> Iterator[list[list[int]]]:
         {"speculative_num_steps": 3},
         {"speculative_num_steps": 3, "disable_overlap_schedule": True},
         {"speculative_num_steps": 3, "disable_cuda_graph": True},
+        {"speculative_num_steps": 3, "nsa_metadata_layout": "shared"},
+        {"speculative_num_steps": 3, "nsa_metadata_layout": "indirect"},
         {},
     ],
-    ids=["speculative", "speculative-waiting", "speculative-eager", "plain"],
+    ids=["speculative", "speculative-waiting", "speculative-eager", "shared", "indirect", "plain"],
 )
 def test_overlap_on_the_device_changes_no_token(
     args: dict[str, Any], dummy_model: Path, expected: list[list[int]]
 ) -> None:
     algorithm = {"speculative_algorithm": "NEXTN"} if "speculative_num_steps" in args else {}
-    assert answers(dummy_model, ROUNDS, device="cuda", cuda_graph_max_bs=6, **algorithm, **args) == expected
+    with envs.SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA.override("nsa_metadata_layout" in args):
+        found = answers(dummy_model, ROUNDS, device="cuda", cuda_graph_max_bs=6, **algorithm, **args)
+    assert found == expected
 
 
 @pytest.mark.parametrize("steps", [None, 3], ids=["plain", "speculative"])
