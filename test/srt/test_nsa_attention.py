@@ -5,6 +5,7 @@ The Triton kernels run on a GPU (`-m gpu`), or on the CPU in Triton's interprete
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -335,6 +336,28 @@ def test_sparse_mla_with_latents_in_two_parts(heads: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(sparse_mla_triton.Tile, "choose", lambda *_: tile)
     check_attend(AttendCase("packed", [0, 1, 31, 32, 5], heads=heads), "triton")
     check_attend(AttendCase("split", [512, 3, 300, 0], topk=512, heads=heads, spread=True), "triton")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    ("heads", "latent", "shared", "expected"),
+    [
+        (128, 512, 227 << 10, (128, 64, 2, 1)),
+        (64, 512, 227 << 10, (64, 64, 1, 2)),
+        (128, 448, 227 << 10, (64, 64, 1, 2)),
+        (128, 512, 163 << 10, (32, 32, 1, 2)),  # A100
+        (128, 512, 99 << 10, (16, 32, 1, 1)),  # cards for desktops
+        (16, 512, 99 << 10, (16, 32, 1, 2)),
+        (8, 64, 99 << 10, (16, 32, 1, 2)),
+        (40, 64, 99 << 10, (32, 32, 1, 2)),
+    ],
+)
+def test_a_tile_fits_the_device(heads: int, latent: int, shared: int, expected: tuple[int, ...]) -> None:
+    from sglang.srt.layers.attention.nsa.sparse_mla_triton import Tile
+
+    tile = Tile.choose(heads, latent, 64, torch.bfloat16, shared)
+    assert (tile.heads, tile.slots, tile.parts, tile.stages) == expected
+    assert tile.shared_bytes(tile.latents + 64) <= shared
 
 
 def test_queries_that_lie_side_by_side_are_not_copied() -> None:

@@ -28,14 +28,15 @@ class Blocks:
 
     @classmethod
     def choose(cls, pairs: int, experts: int, dtype: torch.dtype) -> Blocks:
+        """For as many rows as an expert has on average; all fit the 99 KiB of shared memory of any card."""
         if dtype == torch.float32:  # not done by tensor cores: operands must fit the registers
             return cls(16, 32, 16, 4, 1)
         per_expert = pairs / experts
         if per_expert <= 16:
-            return cls(16, 64, 128, 4, 4)
+            return cls(16, 64, 64, 4, 4)
         if per_expert <= 256:
             return cls(64, 64, 64, 4, 4)
-        return cls(128, 128, 64, 8, 3)
+        return cls(128, 128, 64, 8, 2)
 
 
 @triton.jit(do_not_specialize=["pairs", "max_blocks"])

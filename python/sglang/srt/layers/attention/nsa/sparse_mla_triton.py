@@ -13,11 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .shared_memory import shared_memory
+
 TARGET_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 MIN_SPLIT = 128  # slots; a shorter split costs more to merge than it gains
 MAX_SPLITS = 16
 SCAN = 512  # slots looked at in one go for the last that counts
 LOG2_E = 1.4426950408889634
+SHARED_REST = 4096  # bytes: slots, and what reductions exchange
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,25 @@ class Tile:
     stages: int
 
     @classmethod
-    def choose(cls, heads: int, latent: int, dtype: torch.dtype) -> Tile:
-        """Measured on an H200 (docs/attention_backends.md)."""
+    def choose(cls, heads: int, latent: int, rope: int, dtype: torch.dtype, shared: int) -> Tile:
+        """The fastest, as measured on an H200 (docs/attention_backends.md), that fits `shared` bytes."""
         latents = max(16, triton.next_power_of_2(latent))
+        warps = 8 if latents >= 512 else 4
         if dtype != torch.bfloat16:  # not done by tensor cores: the operands must fit the registers
-            return cls(16, 16, latents, 1, 8 if latents >= 512 else 4, 1)
-        if latents < 512 or heads <= 16:
-            return cls(16 if heads <= 16 else 32, 32, latents, 1, 8 if latents >= 512 else 4, 2)
-        if heads <= 64 or latents > latent:
-            return cls(64, 64, latents, 1, 8, 2)
-        # A warpgroup's product has 64 rows. For two of them to share no row there must be 128 heads, whose
-        # sums over all latents do not fit the registers: so there are two programs, each with one half.
-        return cls(128, 64, latents, 2, 8, 1)
+            return cls(16, 16, latents, 1, warps, 1)
+        few = cls(16, 32, latents, 1, warps, 1)
+        candidates = [cls(16 if heads <= 16 else 32, 32, latents, 1, warps, 2)]
+        if latents == 512 and heads > 16:
+            candidates.insert(0, cls(64, 64, latents, 1, 8, 2))
+            # A warpgroup's product has 64 rows. For two of them to share no row there must be 128 heads,
+            # whose sums over all latents do not fit the registers: so two programs take a half each.
+            if heads > 64 and latents == latent:
+                candidates.insert(0, cls(128, 64, latents, 2, 8, 1))
+        return next((tile for tile in candidates if tile.shared_bytes(latents + rope) <= shared), few)
+
+    def shared_bytes(self, dim: int) -> int:
+        """Of queries and keys, bfloat16."""
+        return 2 * (self.heads + self.slots * self.stages) * dim + SHARED_REST
 
 
 @triton.jit
@@ -205,8 +215,8 @@ def sparse_mla(
     out = torch.empty((rows, heads, latent), dtype=q_nope.dtype, device=q_nope.device)
     if rows == 0 or topk == 0:
         return out.zero_()
-    tile = Tile.choose(heads, latent, q_nope.dtype)
     block_r = max(16, triton.next_power_of_2(q_rope.shape[-1]))
+    tile = Tile.choose(heads, latent, block_r, q_nope.dtype, shared_memory(out.device))
     head_blocks = triton.cdiv(heads, tile.heads)
     splits = choose_splits(rows, head_blocks * tile.parts, topk)
     parts, log_sums = out, out
