@@ -126,8 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
-    args = build_parser().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     print("| mixed chunk | ms a token alone | with arrivals | ratio | longest wait ms | prompts | TTFT ms |")
     print("|---|---|---|---|---|---|---|")
     rows = []

@@ -31,7 +31,7 @@ from typing import Any
 
 import step_trace
 
-WARM_STEPS, TIMED_STEPS = 20, 100
+WARM_STEPS = 20
 # Methods of our server that are timed one by one; a later one may lie within an earlier one.
 SPANS = (
     ("sglang.srt.managers.scheduler", "Scheduler.step"),
@@ -112,7 +112,7 @@ class OwnEngine:
     def profile(self, concurrency: int, args: argparse.Namespace) -> str:
         import torch
 
-        prompts = random_prompts(concurrency, args.prompt_len, self.vocab_size)
+        prompts, timed = random_prompts(concurrency, args.prompt_len, self.vocab_size), args.timed_steps
         params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": args.max_new_tokens}
         stream = self.engine.generate(input_ids=prompts, sampling_params=params, stream=True)
         next(stream)
@@ -122,16 +122,16 @@ class OwnEngine:
         reqs = list(self.engine.scheduler.running)
         before = [(req.spec_verify_ct, len(req.output_ids)) for req in reqs]
         start = time.perf_counter()
-        self._steps(TIMED_STEPS)
-        step_us = (time.perf_counter() - start) / TIMED_STEPS * 1e6
+        self._steps(timed)
+        step_us = (time.perf_counter() - start) / timed * 1e6
         rounds = [(r.spec_verify_ct - v, len(r.output_ids) - n) for r, (v, n) in zip(reqs, before)]
         accept = sum(n for _, n in rounds) / max(1, sum(v for v, _ in rounds))
         with Spans().measured() as spans:
-            self._steps(TIMED_STEPS)
+            self._steps(timed)
         sections = [
-            f"step {step_us:.0f} us (mean of {TIMED_STEPS}, no profiler), accept length {accept:.2f}, "
+            f"step {step_us:.0f} us (mean of {timed}, no profiler), accept length {accept:.2f}, "
             f"{step_us / accept:.0f} us a token\n",
-            spans.markdown(TIMED_STEPS),
+            spans.markdown(timed),
         ]
         if self.device == "cuda":
             for kind, activities in (
@@ -142,7 +142,7 @@ class OwnEngine:
                 ),
             ):
                 sections.append(step_trace.markdown(kind, step_trace.analyse(self._trace(activities, args))))
-        sections.append(self._functions())
+        sections.append(self._functions(timed))
         self.engine.abort_request(abort_all=True)
         stream.close()
         return "\n".join(sections)
@@ -164,10 +164,10 @@ class OwnEngine:
             profiler.export_chrome_trace(str(path))
             return step_trace.read_events(path)
 
-    def _functions(self) -> str:
+    def _functions(self, steps: int) -> str:
         """The host's functions by their own time, under cProfile, which makes small ones look dear."""
         profiler = cProfile.Profile()
-        profiler.runcall(self._steps, TIMED_STEPS)
+        profiler.runcall(self._steps, steps)
         rows = pstats.Stats(profiler).stats.items()
         ranked = sorted(rows, key=lambda row: -row[1][2])[:25]
         lines = [
@@ -178,7 +178,7 @@ class OwnEngine:
         ]
         for (file, _, name), (_, calls, own, *_) in ranked:
             where = f"{Path(file).stem}.{name}" if file not in ("~", "") else name.partition(" at 0x")[0]
-            lines.append(f"| `{where[:80]}` | {calls / TIMED_STEPS:.1f} | {own / TIMED_STEPS * 1e6:.1f} |")
+            lines.append(f"| `{where[:80]}` | {calls / steps:.1f} | {own / steps * 1e6:.1f} |")
         return "\n".join(lines) + "\n"
 
 
@@ -263,6 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--concurrency", type=int, nargs="+", default=[1], help="requests at once, one round each")
     add("--prompt-len", type=int, default=600)
     add("--max-new-tokens", type=int, default=2400, help="of each request, so that none ends while measured")
+    add("--timed-steps", type=int, default=100, help="of our engine, without a profiler")
     add("--timed-tokens", type=int, default=256, help="with --url: tokens of the timed answer")
     add("--trace-steps", type=int, default=20)
     add("--markdown", type=Path, help="append the tables to this file")
@@ -270,8 +271,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
-    args = build_parser().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     server = RunningSGLang(args) if args.url else OwnEngine(args)
     for concurrency in args.concurrency:
         text = f"## {args.title}, {concurrency} at once, prompts of {args.prompt_len}\n\n"

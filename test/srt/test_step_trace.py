@@ -1,4 +1,5 @@
-"""What benchmark/step_trace.py reads out of a trace: steps by their graphs, busy time, gaps, kernels."""
+"""What benchmark/step_trace.py reads out of a trace: steps by their graphs, busy time, gaps, kernels. And the
+two benchmarks of decode steps, end to end."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark"))
+import prefill_interference
+import profile_step
 import step_trace
 
 # (graph, kernels), each kernel 2 us and 1 us after the one before it; then an eager copy, and 20 us nothing.
@@ -56,3 +59,23 @@ def test_a_step_is_found_and_measured(suffix: str, tmp_path: Path) -> None:
 def test_a_trace_without_two_steps_says_so() -> None:
     with pytest.raises(ValueError, match="1 graph launches"):
         step_trace.analyse(trace(1)[:4])
+
+
+def test_a_step_of_our_engine_is_profiled(dummy_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "profile.md"
+    sizes = ["--prompt-len", "20", "--timed-steps", "3", "--max-new-tokens", "300", "--steps", "2"]
+    assert profile_step.main(["--model-path", str(dummy_model), *sizes, "--markdown", str(out)]) == 0
+    text = out.read_text()
+    assert "(mean of 3, no profiler), accept length" in text
+    for span in ("Scheduler.step", "TpModelWorker.launch_decode", "StepGraph.replay", "PendingDecode.read"):
+        assert f"| `{span}` | 1.0 |" in text
+
+
+def test_arriving_prompts_are_measured_with_and_without_the_limit(dummy_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "interference.json"
+    sizes = ["--running", "2", "--arriving-len", "40", "--seconds", "0.3", "--rate", "10", "--steps", "2"]
+    flags = ["--model-path", str(dummy_model), *sizes, "--max-new-tokens", "1000", "--json", str(out)]
+    assert prefill_interference.main(flags) == 0
+    off, on = json.loads(out.read_text())
+    assert (off["mixed_chunk"], on["mixed_chunk"]) == (False, True)
+    assert off["alone_ms"] > 0 and on["arriving_ms"] > 0
