@@ -254,7 +254,7 @@ def fa3_servers() -> None:
     config = BUNDLES / "real_sglang/model"
     print(python("0.5.12", [str(folder / "dense_model.py"), str(config), str(model)], 60), flush=True)
     args = f"--model-path {model} --speculative-draft-model-path {model} --load-format auto --page-size 1"
-    args += " --speculative-algorithm STANDALONE --attention-backend fa3"
+    args += " --speculative-algorithm STANDALONE --attention-backend fa3 --skip-server-warmup"
     own = {"EXTRA_PYTHONPATH": str(stand_in), "SGLANG_USE_SGL_FA3_KERNEL": "1"}
     kinds = (
         ("none", None, own),
@@ -267,6 +267,7 @@ def fa3_servers() -> None:
             [
                 Server(f"{release}-fa3-{name}", release, layout, 6, env=env, args=args, before=(stand_in,))
                 for name, layout, env in kinds
+                if name in os.environ.get("FA3_KINDS", name).split()
             ],
             tokens=480,
         )
