@@ -16,9 +16,8 @@ from sglang_nsa.own_path import Batch
 from sglang_nsa.real_classes import Sizes, StaticBuffers, set_attributes, token_table
 
 DEVICE = torch.device(os.environ.get("PLUGIN_TEST_DEVICE", "cpu"))
-ON_GPU = (
-    DEVICE.type == "cuda"
-)  # then nothing is replaced: the comparisons alone are run there (gpu/other_release.py)
+# On a GPU nothing is replaced, and the comparisons alone are run: gpu/other_release.py.
+ON_GPU = DEVICE.type == "cuda"
 
 
 def model_runner(sizes: Sizes, **server_args: Any) -> SimpleNamespace:
