@@ -2,7 +2,7 @@
 
     python plugin/tests/gpu/minisgl_check.py PART... --out FOLDER
 
-Parts: tokens, copies, steps, steps-fi, servers, servers-tp2, tokens-and-servers.
+Parts: inputs, tokens, copies, steps, steps-fi, servers, servers-tp2, tokens-and-servers.
 
 Needs mini-sglang's `python/` folder, the plugin's wheel unpacked and minisgl_stand_in/ on PYTHONPATH. MODEL
 is a folder with a tokenizer and a config; weights are random. Each LLM and server is a process of its own.
@@ -72,8 +72,28 @@ class Check:
             return None
         return json.loads(result.read_text())
 
+    def inputs(self) -> None:
+        """What the graphs read, at every replay. Nothing is timed here: several at a time."""
+        with ThreadPoolExecutor(8) as pool:
+            running = {}
+            for number, case in enumerate(CASES):
+                for mode in ("1", "in_graph"):
+                    arguments = ("inputs", mode, case, self.model, f"inputs_{number}_{mode}", number)
+                    running[case, mode] = pool.submit(self.child, *arguments)
+            for (case, mode), future in running.items():
+                found = future.result()
+                if found is None:
+                    continue
+                wrong = {name: count for name, count in found["different"].items() if count}
+                self.say(
+                    f"inputs, {case}, {mode}: {found['replays']} replays, {found['rows']} rows: "
+                    f"{', '.join(found['different'])}: {wrong or 'no difference'}"
+                )
+                if wrong:
+                    self.failed.append(f"inputs, {case}, {mode}")
+
     def tokens(self) -> None:
-        """Nothing is timed here: several at a time."""
+        """mini-sglang's answers vary from run to run, so beside the modes stands mode 0 again."""
         with ThreadPoolExecutor(8) as pool:
             running = {}
             for number, case in enumerate(CASES):
@@ -85,7 +105,7 @@ class Check:
                 results = {run: running[case, run].result() for run in RUNS}
                 self.compare(f"tokens, {case}", results)
 
-    def compare(self, title: str, results: dict[str, Any], exact: bool = True) -> None:
+    def compare(self, title: str, results: dict[str, Any]) -> None:
         """Every mode against mode 0, request by request."""
         own = results["0"]
         for mode, found in results.items():
@@ -95,8 +115,6 @@ class Check:
             equal = sum(a == b for a, b in pairs)
             distinct = len({tuple(a) if isinstance(a, list) else a for a, _ in pairs})
             self.say(f"{title}: {mode} equals 0 in {equal} of {len(pairs)} ({distinct} distinct answers)")
-            if exact and equal != len(pairs):
-                self.failed.append(title)
 
     def copies(self) -> None:
         rows = self.child("copies", "0", "", self.large, "copies")
@@ -119,13 +137,12 @@ class Check:
                 )
 
     def servers(self, tp: int = 1) -> None:
-        """Requests at once meet other batches in every run, and so other roundings."""
         # With one rank each all at once; ranks compare their free memory when they start.
         with ThreadPoolExecutor(len(RUNS) if tp == 1 else 1) as pool:
             results = dict(zip(RUNS, pool.map(lambda run: self.serve(run, tp), RUNS)))
         for part, title in enumerate(("one after the other", "240 at once")):
             found = {m: r and [r[part]] for m, r in results.items()}
-            self.compare(f"server, tp {tp}, {title}", found, exact=part == 0)
+            self.compare(f"server, tp {tp}, {title}", found)
 
     def tokens_and_servers(self) -> None:
         """Both at once, to save time."""
@@ -152,7 +169,7 @@ def server(model: Path, mode: str, tp: int, port: int, log: Path) -> Iterator[st
     command = [
         sys.executable, "-m", "sglang_nsa.minisgl", "--model", str(model), "--attn", "fa", "--dummy-weight",
         "--port", str(port), "--max-seq-len-override", "2048", "--num-pages", "40960", "--graph", "64",
-        "--max-running-requests", "64", "--cache-type", "naive", "--tp-size", str(tp), "--disable-pynccl",
+        "--max-running-requests", "64", "--tp-size", str(tp), "--disable-pynccl",
     ]  # fmt: skip
     if tp == 1:
         command.remove("--disable-pynccl")
@@ -213,7 +230,16 @@ def main() -> int:
     parser.add_argument(
         "parts",
         nargs="+",
-        choices=("tokens", "copies", "steps", "steps-fi", "servers", "servers-tp2", "tokens-and-servers"),
+        choices=(
+            "inputs",
+            "tokens",
+            "copies",
+            "steps",
+            "steps-fi",
+            "servers",
+            "servers-tp2",
+            "tokens-and-servers",
+        ),
     )
     parser.add_argument("--model", type=Path, default=os.environ.get("MODEL"))
     parser.add_argument("--out", type=Path, required=True)
@@ -221,6 +247,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     check = Check(options.model, options.out)
     parts = {
+        "inputs": check.inputs,
         "tokens": check.tokens,
         "copies": check.copies,
         "steps": check.steps,

@@ -17,21 +17,12 @@ from pathlib import Path
 from typing import Any
 
 SIZES = (1, 8, 64, 256)
-# What LLM is given in each case whose tokens are compared.
-# Without a prefix cache, but for the last. mini-sglang 20fcd7f gives back a request's own slots of a prefix
-# that the cache has too, while the request still reads them; so answers vary from run to run where prompts
-# that run at once begin alike. Here all differ in their first token.
+# What LLM is given in each case.
 CASES = {
-    "fa": {"attention_backend": "fa", "cache_type": "naive"},
-    "fa, page 16": {"attention_backend": "fa", "cache_type": "naive", "page_size": 16},
-    "fa prefill, FlashInfer decode": {"attention_backend": "fa,fi", "cache_type": "naive"},
-    "fa, few slots": {
-        "attention_backend": "fa",
-        "cache_type": "naive",
-        "max_running_req": 24,
-        "num_page_override": 12000,
-    },
-    "fa, prefix cache": {"attention_backend": "fa"},
+    "fa": {"attention_backend": "fa"},
+    "fa, page 16": {"attention_backend": "fa", "page_size": 16},
+    "fa prefill, FlashInfer decode": {"attention_backend": "fa,fi"},
+    "fa, few slots": {"attention_backend": "fa", "max_running_req": 24, "num_page_override": 12000},
 }
 COMMON = {
     "use_dummy_weight": True,
@@ -59,25 +50,95 @@ def start_llm(model: str, **arguments: object) -> Any:
     return llm
 
 
-def measure_tokens(model: str, case: str, out: str) -> None:
-    """300 requests of all lengths, whose answers end at different steps."""
+def requests() -> tuple[list[list[int]], list[Any]]:
+    """300 prompts of all lengths, every other one with a common beginning; answers of all lengths, too."""
     from minisgl.core import SamplingParams
 
-    llm = start_llm(model, **(COMMON | CASES[case]))
     rng = random.Random(0)
+    shared = [rng.randrange(3, 500) for _ in range(90)]
     prompts, params = [], []
     for number in range(300):
-        prompts.append([3 + number, *(rng.randrange(3, 500) for _ in range(rng.randrange(2, 250)))])
+        own = [rng.randrange(3, 500) for _ in range(rng.randrange(2, 200))]
+        prompts.append(shared + own if number % 2 else own)
         params.append(
             SamplingParams(temperature=0.0, ignore_eos=number % 3 > 0, max_tokens=rng.randrange(2, 90))
         )
+    return prompts, params
+
+
+def measure_tokens(model: str, case: str, out: str) -> None:
+    """The answers, twice: the second time prefixes are in the cache."""
+    llm = start_llm(model, **(COMMON | CASES[case]))
     rounds = []
-    for _ in range(2 if "cache_type" in CASES[case] else 1):
+    for _ in range(2):
         started = time.monotonic()
-        answers = [answer["token_ids"] for answer in llm.generate(prompts, params)]
+        answers = [answer["token_ids"] for answer in llm.generate(*requests())]
         rounds.append(answers)
         print(f"{sum(map(len, answers))} tokens in {time.monotonic() - started:.1f} s", flush=True)
     Path(out).write_text(json.dumps(rounds))
+
+
+class InputsCheck:
+    """Compares, at every replay, what the graph reads with mini-sglang's own tensors for the same batch."""
+
+    def __init__(self, llm: Any) -> None:
+        import torch
+        from sglang_nsa.minisgl.hooks import find_buffers
+
+        self.llm, self.runner = llm, llm.engine.graph_runner
+        self.buffers = find_buffers(self.runner)
+        names = [*(field.name for field in self.buffers.fields), "write_tuple"]
+        self.different = {name: torch.zeros((), dtype=torch.int64, device=llm.device) for name in names}
+        self.replays = self.rows = 0
+        self._prepare, self._replay = llm._prepare_batch, self.runner.replay
+        llm._prepare_batch, self.runner.replay = self.prepare, self.replay
+
+    def prepare(self, batch: Any) -> Any:
+        """On the scheduler's stream: mini-sglang's own tensors, also where ours does without them."""
+        from minisgl.scheduler import scheduler
+
+        prepared = self._prepare(batch)
+        if batch.is_decode and not hasattr(batch, "positions"):
+            batch.positions = scheduler._make_positions(batch, self.llm.device)
+            batch.own_mapping = scheduler._make_input_tuple(batch, self.llm.device)
+            batch.out_loc = self.llm.engine.page_table[batch.own_mapping]
+            if self.buffers.attention is not None:
+                self.llm.engine.attn_backend.prepare_metadata(batch)
+            own = scheduler._make_write_tuple(batch, self.llm.device)
+            batch.own_write, batch.write = own, prepared.write_tuple
+        return prepared
+
+    def replay(self, batch: Any) -> Any:
+        """On the engine's stream."""
+        if hasattr(batch, "own_mapping"):
+            batch.input_ids = self.llm.token_pool[batch.own_mapping]
+        logits = self._replay(batch)
+        bs = batch.padded_size
+        for field, own in zip(self.buffers.fields, self.buffers.sources()(batch), strict=True):
+            found = self.buffers.tensor(field)
+            if field.is_table:  # beyond a row's pages mini-sglang copies what nobody reads
+                found = found[:bs, : own.shape[1]]
+                lens = batch.attn_metadata.cache_seqlens[:, None]
+                page_size = self.llm.engine.ctx.page_size
+                live = own.new_tensor(range(own.shape[1]))[None, :] * page_size < lens
+                wrong = (found != own) & live
+            else:
+                wrong = found[: bs + field.extra] != own
+            self.different[field.name] += wrong.sum()
+        if hasattr(batch, "own_write"):
+            for ours, own in zip(batch.write, batch.own_write, strict=True):
+                self.different["write_tuple"] += (ours != own).sum()
+        self.replays, self.rows = self.replays + 1, self.rows + batch.size
+        return logits
+
+
+def measure_inputs(model: str, case: str, out: str) -> None:
+    """Every replay of 300 requests, all static inputs."""
+    llm = start_llm(model, **(COMMON | CASES[case]))
+    check = InputsCheck(llm)
+    llm.generate(*requests())
+    different = {name: int(count) for name, count in check.different.items()}
+    Path(out).write_text(json.dumps({"replays": check.replays, "rows": check.rows, "different": different}))
 
 
 def decode_batch(llm: Any, bs: int, length: int) -> Any:
@@ -268,7 +329,7 @@ def measure_steps(model: str, case: str, out: str) -> None:
     Path(out).write_text(json.dumps(rows))
 
 
-PARTS = {"tokens": measure_tokens, "copies": measure_copies, "steps": measure_steps}
+PARTS = {"inputs": measure_inputs, "tokens": measure_tokens, "copies": measure_copies, "steps": measure_steps}
 
 
 if __name__ == "__main__":
