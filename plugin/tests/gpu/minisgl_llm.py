@@ -20,9 +20,13 @@ SIZES = (1, 8, 64, 256)
 # What LLM is given in each case.
 CASES = {
     "fa": {"attention_backend": "fa"},
-    "fa, page 16": {"attention_backend": "fa", "page_size": 16},
+    "fa, page 16, few slots": {
+        "attention_backend": "fa",
+        "page_size": 16,
+        "max_running_req": 24,
+        "num_page_override": 12000,
+    },
     "fa prefill, FlashInfer decode": {"attention_backend": "fa,fi"},
-    "fa, few slots": {"attention_backend": "fa", "max_running_req": 24, "num_page_override": 12000},
 }
 COMMON = {
     "use_dummy_weight": True,
