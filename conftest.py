@@ -7,21 +7,26 @@ import pytest
 LONG = (
     "test_http_process.py",
     "test_load.py",
+    "test_compare_servers.py",
     "test_emulated_kernels.py",
     "test_engine_invariance.py",
     "test_penalties.py",
-    "test_jit.py",
     "test_train_tiny_nsa.py",
-    "test_properties.py",
+    "test_study.py",
+    "test_jit.py",
     "test_event_loop.py",
-    "test_speculation.py",
-    "test_layouts_benchmark.py",
+    "test_compare_paths.py",
     "test_nextn_state.py",
+    "test_speculation.py",
     "test_scheduler_process.py",
     "test_engine_calls.py",
+    "test_properties.py",
+    "test_nsa_replays.py",
+    "test_nsa_paths.py",
     "test_tiny_nsa_runtime.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))

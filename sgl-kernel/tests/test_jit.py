@@ -41,6 +41,7 @@ class Process(ForkedProcess):
     def __init__(self, code: str, installed: Path, **environment: str) -> None:
         inherited = {k: v for k, v in os.environ.items() if k != "SGL_KERNEL_LIBRARY_DIR"}
         cache = {"SGL_KERNEL_CACHE_DIR": str(installed / "cache"), "SGL_KERNEL_JIT": "1"}
+        cache["CMAKE_BUILD_TYPE"] = "Quick"  # none that CMake knows: compiled without optimization
         file, self.log = tempfile.mkstemp(dir=installed)
         os.close(file)
         env = {**inherited, **cache, **environment}

@@ -14,7 +14,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-NEW_TOKENS = 40
+NEW_TOKENS = 30
 SPECULATIVE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 4}
 
 
