@@ -250,8 +250,15 @@ FORGED = "x\r\n[12:00:00 http] ERROR forged \x1b[31m\u202e"
 
 @pytest.mark.parametrize(
     "body",
-    [{FORGED: 1}, {"model": FORGED + ":"}, {"temperature": FORGED}, {"max_tokens": {FORGED: 2}}],
-    ids=["name", "model", "value", "member"],
+    [
+        {FORGED: 1},
+        {"model": FORGED + ":"},
+        {"temperature": FORGED},
+        {"max_tokens": {FORGED: 2}},
+        {"rid": FORGED},
+        {"rid": FORGED * 100},
+    ],
+    ids=["name", "model", "value", "member", "rid", "long rid"],
 )
 def test_control_characters_are_escaped(server: RunningServer, body: dict[str, Any]) -> None:
     """Bug: names and values went into answers and log lines as they were."""
