@@ -20,8 +20,9 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 logger = logging.getLogger(__name__)
 
-END_SIGNAL = signal.SIGUSR1  # from the parent
-STACK_SIGNAL = signal.SIGUSR2  # writes where each thread stands to stderr
+# From the parent. Not SIGUSR1 and SIGUSR2: LLVM takes these where Triton compiles a kernel.
+END_SIGNAL = signal.SIGRTMIN + 1
+STACK_SIGNAL = signal.SIGRTMIN + 2  # writes where each thread stands to stderr
 STOP_TIMEOUT = 10.0  # seconds before a process that was asked to end is killed
 ASK_AGAIN = 2.0  # seconds
 
