@@ -304,13 +304,13 @@ def plot(rows: Sequence[dict[str, Any]], where: str, path: Path) -> None:
         at = [x + (i - (len(names) - 1) / 2) * 0.8 / len(names) for x in range(len(cases))]
         colour = COLOURS[list(PATHS).index(name)]
         left.bar(at, [row["tpot_ms"] for row in mine], 0.8 / len(names), color=colour, label=name)
-        right.plot(
-            range(len(cases)), [100 * (1 - 1 / row["ratio"]) for row in mine], marker="o", color=colour
-        )
+        for x, row in zip(at, mine):
+            left.plot([x] * len(row["tpot_rounds_ms"]), row["tpot_rounds_ms"], "k.", markersize=3)
+        right.plot(at, [100 * (1 - 1 / row["ratio"]) for row in mine], "o", color=colour)
     for axes in (left, right):
         axes.set_xticks(range(len(cases)), [f"{n} x {length}" for n, length in cases])
         axes.set_xlabel("requests x tokens of the prompt")
-    left.set_ylabel("ms per output token")
+    left.set_ylabel("ms per output token (dots: rounds)")
     right.set_ylabel(f"% saved of {names[0]}'s time")
     left.legend(fontsize=8, frameon=False)
     save(drawn, path)

@@ -98,7 +98,7 @@ def _number(value: float | None, width: int, digits: int = 1) -> str:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What a published number must be read with."""
-    name = platform.processor() or platform.machine()
+    name = _processor()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     try:
@@ -114,6 +114,16 @@ def environment(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "commit": _commit(),
     }
+
+
+def _processor() -> str:
+    """As Linux calls it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} CPUs" if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:
