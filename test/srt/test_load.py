@@ -16,7 +16,7 @@ from server_fixture import SPECULATIVE_FLAGS, RunningServer, launch
 
 TEMPLATES = 14
 # A cache too small for all that may run and pages that fill soon, so that requests are retracted.
-TIGHT_FLAGS = ("--max-total-tokens", "2048", "--page-size", "16", "--max-running-requests", "24")
+TIGHT_FLAGS = ("--max-total-tokens", "640", "--page-size", "16", "--max-running-requests", "24")
 TIGHT_FLAGS += ("--chunked-prefill-size", "96")
 
 
@@ -32,7 +32,7 @@ class Template:
 def random_body(rng: random.Random, shared: str) -> dict[str, Any]:
     """Long and short prompts, some with a common start; greedy and sampled; some with stops."""
     prompt = shared[: rng.choice([0, 0, 70, 150])] + "".join(rng.choices("abcdef \n", k=rng.randint(1, 160)))
-    sampling: dict[str, Any] = {"max_new_tokens": rng.choice([1, 24, 130]), "temperature": 0}
+    sampling: dict[str, Any] = {"max_new_tokens": rng.choice([1, 100, 200]), "temperature": 0}
     if rng.random() < 0.5:
         sampling |= {"temperature": 1.0, "top_p": 0.9, "seed": rng.randrange(2**63)}
     if rng.random() < 0.4:
@@ -109,7 +109,7 @@ async def run_load(server: RunningServer, templates: list[Template], requests: i
 
 
 @pytest.mark.parametrize(
-    ("flags", "requests"), [((), 80), (SPECULATIVE_FLAGS, 120)], ids=["plain", "speculative"]
+    ("flags", "requests"), [((), 60), (SPECULATIVE_FLAGS, 100)], ids=["plain", "speculative"]
 )
 def test_load(dummy_model: Path, tmp_path: Path, flags: tuple[str, ...], requests: int) -> None:
     env = {"SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA": str(int(bool(flags)))}
