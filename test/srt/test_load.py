@@ -14,7 +14,7 @@ import httpx
 import pytest
 from server_fixture import SPECULATIVE_FLAGS, RunningServer, launch
 
-TEMPLATES = 14
+TEMPLATES = 12
 # A cache too small for all that may run and pages that fill soon, so that requests are retracted.
 TIGHT_FLAGS = ("--max-total-tokens", "640", "--page-size", "16", "--max-running-requests", "24")
 TIGHT_FLAGS += ("--chunked-prefill-size", "96")
@@ -109,7 +109,7 @@ async def run_load(server: RunningServer, templates: list[Template], requests: i
 
 
 @pytest.mark.parametrize(
-    ("flags", "requests"), [((), 60), (SPECULATIVE_FLAGS, 100)], ids=["plain", "speculative"]
+    ("flags", "requests"), [((), 40), (SPECULATIVE_FLAGS, 80)], ids=["plain", "speculative"]
 )
 def test_load(dummy_model: Path, tmp_path: Path, flags: tuple[str, ...], requests: int) -> None:
     env = {"SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA": str(int(bool(flags)))}
