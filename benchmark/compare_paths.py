@@ -244,7 +244,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[Row]:
 def terminate_all(servers: Sequence[ServerProcess]) -> None:
     """Asked to end at once, before they are waited for one by one."""
     for server in servers:
-        server.process.terminate()
+        server.terminate()
 
 
 def result_of(rows: Sequence[Row], args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +49,13 @@ class ServerProcess:
     process: subprocess.Popen[bytes]
     url: str
     log: Path | None
+    below: set[int] = field(default_factory=set)  # seen below it when it was asked to end
+
+    def terminate(self) -> None:
+        """Asks it to end, without waiting. A shell that ends leaves what it started without a parent: those
+        are noted first, for the end of the context."""
+        self.below.update(children(self.process.pid))
+        self.process.terminate()
 
     def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
         """Until `/health` answers 200. Raises ServerFailed where that does not come."""
@@ -84,10 +91,11 @@ def started(
             stdout=out,
             stderr=subprocess.STDOUT if out else None,
         )
+        server = ServerProcess(process, f"http://127.0.0.1:{port}", log)
         try:
-            yield ServerProcess(process, f"http://127.0.0.1:{port}", log)
+            yield server
         finally:
-            _end(process)
+            _end(server)
 
 
 def children(pid: int) -> list[int]:
@@ -99,25 +107,25 @@ def children(pid: int) -> list[int]:
     return [p for child in map(int, below) for p in (child, *children(child))]
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(server: ServerProcess) -> None:
     """Asks the command to end, and then whatever it started and left behind."""
-    below = children(process.pid)
-    process.terminate()
+    server.terminate()
     try:
-        process.wait(END_TIMEOUT)
+        server.process.wait(END_TIMEOUT)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        server.process.kill()
+        server.process.wait()
+    below = list(server.below)
     for number in (signal.SIGTERM, signal.SIGKILL):
-        left = [pid for pid in below if _signal(pid, number)]
+        left = [pid for pid in below if send_signal(pid, number)]
         deadline = time.monotonic() + END_TIMEOUT / 2
         while left and time.monotonic() < deadline:
             time.sleep(POLL_S / 4)
-            left = [pid for pid in left if _signal(pid, 0)]
+            left = [pid for pid in left if send_signal(pid, 0)]
         below = left
 
 
-def _signal(pid: int, number: int) -> bool:
+def send_signal(pid: int, number: int) -> bool:
     """Whether the process is still there (a zombie, which init or its parent will reap, is not)."""
     try:
         os.kill(pid, number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from server_fixture import ROOT
 
 sys.path.append(str(ROOT / "benchmark"))
 
-from compare_paths import PATHS, ServerPath, build_parser, candidates, tables
+from compare_paths import PATHS, ServerPath, build_parser, candidates, tables, terminate_all
 from compare_servers import Case
+from server_process import children, free_port, send_signal, started
 
 # A server of its own for each is slow: these differ in all that is compared.
 STARTED = ("replicate, fused", "indirect")
@@ -46,3 +48,13 @@ def test_each_path_is_a_server_of_its_own(name: str, path: ServerPath) -> None:
     assert ("--nsa-metadata-layout" in command.command) == (path.layout is not None)
     assert command.env["SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA"] == str(int(path.layout is not None))
     assert args.cases == [Case(100, 3), Case(2000, 2)]
+
+
+def test_servers_that_are_asked_to_end_at_once_leave_nothing() -> None:
+    """A shell that ended first left its server running: nobody knew of it any more."""
+    with started("sleep 300 & sleep 300; true", free_port(), {}) as server:
+        while len(below := children(server.process.pid)) < 2:
+            time.sleep(0.01)
+        terminate_all([server])
+        server.process.wait()
+    assert [pid for pid in below if send_signal(pid, 0)] == []
