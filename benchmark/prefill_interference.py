@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace, mixed: bool) -> Measurement:
     load = Load(args, mixed)
     reqs = load.start(args.running)
     load.watch(reqs, args.seconds / 4, args.rate)  # compiles what prompts need
-    while load.scheduler.waiting or load.scheduler.partial:
+    while load.scheduler.queue.waiting or load.scheduler.queue.partial:
         load.step()
     alone, _, _ = load.watch(reqs, args.seconds, 0)
     arriving, longest, ttft = load.watch(reqs, args.seconds, args.rate)

@@ -139,7 +139,7 @@ def test_a_stop_inside_a_speculative_step_drops_what_follows(
         assert first["meta_info"]["finish_reason"] == {"type": "stop", "matched": cut[-1]}
         assert first["output_ids"] == cut
         assert second["output_ids"] == want[len(cut) :]
-    assert engine.scheduler.num_cached_tokens > 0
+    assert engine.scheduler.queue.num_cached_tokens > 0
 
 
 # The engine's own interface

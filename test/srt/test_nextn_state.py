@@ -134,4 +134,4 @@ def test_state_equals_that_of_a_fresh_prefill(case: Case, dummy_model: Path, fre
     assert {1, 2} <= accepted and len(accepted) > 2, f"no partial acceptance: {accepted}"
     assert (engine.scheduler.num_retractions > 0) == case.retracts
     if case.rounds > 1:
-        assert engine.scheduler.num_cached_tokens > 2 * PAGE * len(PROMPTS)
+        assert engine.scheduler.queue.num_cached_tokens > 2 * PAGE * len(PROMPTS)

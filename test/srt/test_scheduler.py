@@ -234,7 +234,7 @@ def test_decoding_keeps_its_speed_while_prompts_arrive(
     for _ in range(1000):
         if harness.results[runner].finish_reason is not None:
             break
-        if len(harness.scheduler.waiting) < 2:
+        if len(harness.scheduler.queue.waiting) < 2:
             harness.send(prompt_of(16, seed=len(harness.results)), max_new_tokens=1)
         harness.step()
     per_token = (clock.now - began) / (100 - seen)

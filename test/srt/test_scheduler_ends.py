@@ -215,7 +215,7 @@ def test_aborts_wherever_a_request_is() -> None:
     harness.step(3)
     partial, waiting = harness.send(prompt_of(30, 2)), harness.send(prompt_of(30, 3))
     harness.step()
-    assert harness.scheduler.partial.rid == partial
+    assert harness.scheduler.queue.partial.rid == partial
     harness.link.inbox.append(AbortReq([running, partial, waiting, "unknown"]))
     harness.step()
     assert harness.scheduler.is_idle

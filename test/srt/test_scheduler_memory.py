@@ -92,9 +92,9 @@ def test_the_youngest_is_retracted_and_comes_back_first() -> None:
     late = harness.send(prompt_of(2), max_new_tokens=2)
     while not harness.scheduler.num_retractions:
         harness.step()
-        assert late in [req.rid for req in harness.scheduler.waiting]
+        assert late in [req.rid for req in harness.scheduler.queue.waiting]
     assert [req.rid for req in harness.scheduler.running] == [old]
-    assert [req.rid for req in harness.scheduler.waiting] == [young, late]
+    assert [req.rid for req in harness.scheduler.queue.waiting] == [young, late]
     harness.finish()
     assert harness.results[young].output_ids == greedy(prompt_of(12, 2), 30)
 
@@ -104,7 +104,7 @@ def test_no_request_is_admitted_onto_the_last_page_of_those_that_run() -> None:
     harness.send(prompt_of(14, 1), max_new_tokens=6)  # 4 pages at first, 5 in the end
     second = harness.send(prompt_of(10, 2))  # 3 pages
     harness.step(2)
-    assert [req.rid for req in harness.scheduler.waiting] == [second]
+    assert [req.rid for req in harness.scheduler.queue.waiting] == [second]
     harness.finish()
     assert harness.scheduler.num_retractions == 0
 

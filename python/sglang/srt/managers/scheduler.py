@@ -6,7 +6,6 @@ import bisect
 import logging
 import random
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import (
@@ -22,6 +21,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
     ToScheduler,
 )
+from sglang.srt.managers.prefill_queue import PrefillQueue
 from sglang.srt.managers.prefill_share import PrefillShare
 from sglang.srt.managers.request_limits import RequestLimits
 from sglang.srt.managers.schedule_batch import (
@@ -36,7 +36,7 @@ from sglang.srt.managers.scheduler_link import SchedulerLink, aborted
 from sglang.srt.managers.stop_checker import StopChecker
 from sglang.srt.managers.throughput import Throughput
 from sglang.srt.mem_cache.allocator import PageAllocator
-from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
+from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.request_memory import RequestMemory
 from sglang.srt.sampling.token_logprob import TokenLogprob
 from sglang.srt.server_args import ServerArgs
@@ -46,17 +46,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_PREFILL_TOKENS = 16384  # of several prompts in one pass where prompts are not cut into chunks
-
-PageKey = tuple[TreeNode, tuple[int, ...]]  # a page of the cache: its parent and its key
-
 
 class Scheduler:
     """Owns all requests from their arrival to their last token.
 
-    A request waits, is prefilled chunk by chunk, runs, and finishes. At most one, `partial`, is between
-    two chunks: it goes on first in the next pass. When pages run out, the youngest running requests go back
-    to the head of the waiting queue and are prefilled again with what they have generated so far.
+    A request waits in the queue, is prefilled chunk by chunk, runs, and finishes. When pages run out, the
+    youngest running requests go back to the head of the queue and are prefilled again with what they have
+    generated so far.
 
     Where the worker overlaps, a decode step is launched before the tokens of the one before it are read: the
     device works while the host looks at them. What such a step says of a request that has meanwhile ended
@@ -85,12 +81,10 @@ class Scheduler:
             lookahead=worker.lookahead,
             has_tokenizer=tokenizer is not None,
         )
-        self.chunked_prefill_size = server_args.chunked_prefill_size
         self.stops = StopChecker(worker.eos_token_ids, worker.context_len, tokenizer)
         self.seeds = random.Random(server_args.random_seed)
         self.requests: dict[str, Req] = {}  # all that are not finished
-        self.waiting: deque[Req] = deque()
-        self.partial: Req | None = None
+        self.queue = PrefillQueue(self.memory, worker.lookahead, server_args.chunked_prefill_size, self.fail)
         self.running: list[Req] = []  # oldest first
         self.in_flight: DecodeStep | None = None  # launched, and not yet read
         self.outputs: list[ReqOutput] = []  # of this step
@@ -104,8 +98,6 @@ class Scheduler:
         self.num_retractions = 0
         self.num_retracted_input_tokens = 0
         self.num_retracted_output_tokens = 0
-        self.num_prompt_tokens = 0  # of admitted requests
-        self.num_cached_tokens = 0
         self.leak: str | None = None
         self.throughput = Throughput()
         self.prefill_share = PrefillShare(server_args.enable_mixed_chunk)
@@ -120,13 +112,13 @@ class Scheduler:
             self.handle(message)
         start = time.perf_counter()
         decoding = bool(self.running)
-        chunks = self.schedule_prefill() if self.prefill_share.allows(decoding) else []
+        chunks = self.queue.next_chunks(len(self.running)) if self.prefill_share.allows(decoding) else []
         tokens = self.prefill(chunks) if chunks else self.decode() if decoding else None
         self.send_outputs()
         if tokens is None:
             return
         seconds = time.perf_counter() - start
-        self.throughput.add(tokens, seconds, len(self.running), len(self.waiting))
+        self.throughput.add(tokens, seconds, len(self.running), len(self.queue.waiting))
         if chunks:
             self.prefill_share.add_prefill(seconds, decoding)
         else:
@@ -202,7 +194,7 @@ class Scheduler:
         seed = self.seeds.getrandbits(63) if seed is None else wrap_int64(seed + message.choice)
         req = Req.from_input(message, seed)
         self.requests[req.rid] = req
-        self.waiting.append(req)
+        self.queue.waiting.append(req)
 
     def validate(self, message: TokenizedGenerateReqInput) -> None:
         """Raises ValueError naming what makes the request impossible."""
@@ -230,8 +222,8 @@ class Scheduler:
         available, evictable = self.memory.allocator.available, self.memory.cache.evictable_pages
         used = (self.worker.num_pages - available - evictable) * page_size
         return self.worker.internal_state() | {
-            "num_running_reqs": len(self.running) + (self.partial is not None),
-            "num_waiting_reqs": len(self.waiting),
+            "num_running_reqs": len(self.running) + (self.queue.partial is not None),
+            "num_waiting_reqs": len(self.queue.waiting),
             "available_pages": available,
             "evictable_pages": evictable,
             "total_pages": self.worker.num_pages,
@@ -242,7 +234,7 @@ class Scheduler:
             "token_usage": used / self.limits.max_total_num_tokens,
             "kv_available_tokens": available * page_size,
             "kv_evictable_tokens": evictable * page_size,
-            "cache_hit_rate": self.num_cached_tokens / max(self.num_prompt_tokens, 1),
+            "cache_hit_rate": self.queue.cache_hit_rate,
             "num_retractions": self.num_retractions,
             "num_retracted_input_tokens": self.num_retracted_input_tokens,
             "num_retracted_output_tokens": self.num_retracted_output_tokens,
@@ -252,61 +244,6 @@ class Scheduler:
         }
 
     # Scheduling
-
-    def schedule_prefill(self) -> list[PrefillChunk]:
-        """The partial request first, then those that wait, in their order, while tokens and memory last."""
-        whole = self.chunked_prefill_size <= 0
-        budget = MAX_PREFILL_TOKENS if whole else self.chunked_prefill_size
-        chunks: list[PrefillChunk] = []
-        coming: set[PageKey] = set()  # what the chunks will put into the cache first
-        shared: list[Req] = []  # lack such a page: better off in the next pass, when it is there
-        while budget > 0:
-            if self.partial is not None:
-                req, self.partial = self.partial, None
-            elif not self.waiting:
-                break
-            elif coming and self.next_page(self.waiting[0]) in coming:
-                shared.append(self.waiting.popleft())
-                continue
-            else:
-                req = self.waiting[0]
-                try:
-                    admitted = self.admit(req, len(chunks))
-                except Exception as error:
-                    self.fail(req, error)
-                    continue
-                if not admitted:
-                    break
-                self.waiting.popleft()
-            if (page := self.next_page(req)) is not None:
-                coming.add(page)
-            chunk = next_chunk(req, req.seqlen if whole else budget)
-            budget -= len(chunk.tokens)
-            chunks.append(chunk)
-        self.waiting.extendleft(reversed(shared))
-        return chunks
-
-    def next_page(self, req: Req) -> PageKey | None:
-        """The first full page of a request that the cache does not have; None: it would not look for one."""
-        cache = self.memory.cache
-        if not cache.enabled or req.logprob_start_len >= 0:
-            return None
-        tokens = req.token_ids
-        node = req.cache_node or cache.match(tokens)
-        key = cache.key(tokens, node.depth)
-        return (node, key) if len(key) == cache.page_size + cache.lookahead_tokens else None
-
-    def admit(self, req: Req, num_admitted: int) -> bool:
-        """Leaves a page for each running request, or the next decode steps would retract this one."""
-        headroom = len(self.running) + num_admitted
-        if not self.memory.admit(req, req.seqlen + self.worker.lookahead, headroom):
-            return False
-        if not req.output_ids:  # not after a retraction
-            req.cached_tokens = req.kv_len
-            req.queue_time = time.perf_counter() - req.arrival
-            self.num_prompt_tokens += len(req.input_ids)
-            self.num_cached_tokens += req.kv_len
-        return True
 
     def schedule_decode(self) -> list[Req]:
         """All running requests, with pages for the positions that the step may write."""
@@ -335,7 +272,7 @@ class Scheduler:
         logger.info("retracted request %s at %d tokens: the cache is full", req.rid, req.seqlen)
         self.running.remove(req)
         self.memory.release(req)
-        self.waiting.appendleft(req)
+        self.queue.waiting.appendleft(req)
 
     # Results
 
@@ -347,7 +284,7 @@ class Scheduler:
             if output.input_logprobs is not None and not req.output_ids:
                 req.input_logprobs += output.input_logprobs[i]
             if chunk.next_token is not None:
-                self.partial = req
+                self.queue.partial = req
                 continue
             bisect.insort(self.running, req, key=lambda r: r.arrival)
             self.append_tokens(req, output.tokens[i], output.logprobs and output.logprobs[i])
@@ -397,10 +334,10 @@ class Scheduler:
         self.outputs.append(req.next_output())
         del self.requests[req.rid]
         if req.req_pool_idx is None:
-            self.waiting.remove(req)
+            self.queue.waiting.remove(req)
             return
-        if req is self.partial:
-            self.partial = None
+        if req is self.queue.partial:
+            self.queue.partial = None
         else:
             self.running.remove(req)
         self.memory.release(req)
@@ -417,9 +354,3 @@ class Scheduler:
     def check_memory(self) -> str | None:
         """What is wrong with the pages and the request slots of an idle scheduler; None: all are there."""
         return self.memory.check()
-
-
-def next_chunk(req: Req, budget: int) -> PrefillChunk:
-    tokens = req.token_ids
-    end = min(req.kv_len + budget, len(tokens))
-    return PrefillChunk(req, tokens[req.kv_len : end], tokens[end] if end < len(tokens) else None)
