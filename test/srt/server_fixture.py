@@ -80,12 +80,21 @@ def launch(
     model: Path, log: Path, *flags: str, as_command: bool = False, **env: str
 ) -> Iterator[RunningServer]:
     """A server that answers; ended when the context ends, whatever happened to it."""
+    with starting(model, log, *flags, as_command=as_command, **env) as server:
+        wait_ready(server)
+        yield server
+
+
+@contextmanager
+def starting(
+    model: Path, log: Path, *flags: str, as_command: bool = False, **env: str
+) -> Iterator[RunningServer]:
+    """As `launch`, while it loads still."""
     port = free_port()
     host = "[::1]" if "::1" in flags else "127.0.0.1"
     process = start_process(model, log, port, *flags, as_command=as_command, **env)
     server = RunningServer(f"http://{host}:{port}", process, log)
     try:
-        wait_ready(server)
         yield server
     finally:
         server.process.send_signal(signal.SIGTERM)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-from server_fixture import ROOT, launch
+import torch
+from server_fixture import ROOT, RunningServer, starting, wait_ready
 from sglang.srt.entrypoints.engine import Engine
 
 pytestmark = pytest.mark.gpu
@@ -16,33 +17,34 @@ MODEL = ROOT / "models" / "tiny-nsa"
 GREEDY = {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True}
 NUM_PROMPTS = 16
 
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    precompute: int
-    flags: tuple[str, ...] = ()
-
-
-CASES = [
-    Case("plain", 0),
-    Case("recompute", 0, ("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "4")),
-    *(
-        Case(
-            layout,
-            1,
-            (
-                "--speculative-algorithm",
-                "NEXTN",
-                "--speculative-num-steps",
-                "4",
-                "--nsa-metadata-layout",
-                layout,
-            ),
-        )
+# What each server runs with: whether metadata is computed once, and flags.
+STEPS = ("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "4")
+CASES: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "plain": (False, ()),
+    "recompute": (False, STEPS),
+    **{
+        layout: (True, (*STEPS, "--nsa-metadata-layout", layout))
         for layout in ("replicate", "shared", "in_graph", "indirect")
-    ),
-]
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunningServer]]:
+    """All of them start, and end, at once: a start is mostly the work of one thread."""
+    shared = ("--device", "cuda", "--dtype", "float32", "--cuda-graph-max-bs", "16")
+    logs = tmp_path_factory.mktemp("servers")
+    with contextlib.ExitStack() as stack:
+        started: dict[str, RunningServer] = {}
+        for name, (precompute, flags) in CASES.items():
+            env = {
+                "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA": str(int(precompute)),
+                "SGLANG_NSA_VERIFY_METADATA": "1",
+            }
+            started[name] = stack.enter_context(starting(MODEL, logs / name, *shared, *flags, **env))
+        yield started
+        for server in started.values():
+            server.process.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +54,27 @@ def prompts() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def expected(prompts: list[str]) -> list[list[int]]:
-    with Engine(model_path=str(MODEL), device="cpu", dtype="float32") as engine:
-        return [output["output_ids"] for output in engine.generate(prompts, GREEDY)]
+def expected(servers: dict[str, RunningServer], prompts: list[str]) -> list[list[int]]:
+    """By one thread, while the servers start: tens of them take ten times as long for so small a model."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with Engine(model_path=str(MODEL), device="cpu", dtype="float32") as engine:
+            return [output["output_ids"] for output in engine.generate(prompts, GREEDY)]
+    finally:
+        torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("name", CASES)
 def test_tokens_equal_the_cpu_reference(
-    case: Case, prompts: list[str], expected: list[list[int]], tmp_path: Path
+    name: str, servers: dict[str, RunningServer], prompts: list[str], expected: list[list[int]]
 ) -> None:
-    flags = ("--device", "cuda", "--dtype", "float32", "--cuda-graph-max-bs", "16", *case.flags)
-    env = {
-        "SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA": str(case.precompute),
-        "SGLANG_NSA_VERIFY_METADATA": "1",
-    }
-    with launch(MODEL, tmp_path / "server.log", *flags, **env) as server, server.client() as client:
-        answer = client.post("/generate", json={"text": prompts, "sampling_params": GREEDY}, timeout=300)
+    server = servers[name]
+    wait_ready(server)
+    with server.client(timeout=300) as client:
+        answer = client.post("/generate", json={"text": prompts, "sampling_params": GREEDY})
         outputs = answer.raise_for_status().json()
-        state = server.internal_state()
+    state = server.internal_state()
     assert [output["output_ids"] for output in outputs] == expected
     assert state["leak"] is None
     assert state["nsa_metadata"]["fallbacks"] == 0
