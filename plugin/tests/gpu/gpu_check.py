@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import load
 import profiles
@@ -25,6 +26,7 @@ LIMIT_S = float(os.environ.get("LIMIT_S", "590"))  # of the whole run: nothing i
 STARTED = time.monotonic()
 START_S = float(os.environ.get("START_S", "75"))  # of a group of servers, until they answer
 RELEASES = [r for r in available() if r in os.environ.get("RELEASES", r).split()]
+Ask = Callable[[int, int], list[dict[str, Any]]]  # (port, tokens an answer) -> answers
 VERIFY = {"SGLANG_NSA_VERIFY_METADATA": "1"}
 SIMULATE = {"SGLANG_SIMULATE_ACC_LEN": "3"}
 FLAG_OFF = {
@@ -41,14 +43,14 @@ def left() -> float:
 # ---- tokens
 
 
-def compare_tokens(servers: list[Server], tokens: int = 96) -> None:
+def compare_tokens(servers: list[Server], ask: Ask = load.greedy, tokens: int = 96) -> None:
     """The answers of each server against those of the first of its kind (release, steps, variant)."""
     if left() < START_S + 30:
         print("no time left for", ", ".join(server.name for server in servers), flush=True)
         return
     reference: dict[tuple, tuple[str, list]] = {}
     with Servers(servers) as up:
-        running = [load.Background(load.greedy, server.port, tokens) for server in up]
+        running = [load.Background(ask, server.port, tokens) for server in up]
         for server, result in zip(up, running, strict=True):
             answers = result.wait(left())
             if answers is None:
@@ -63,17 +65,16 @@ def compare_tokens(servers: list[Server], tokens: int = 96) -> None:
 
 
 def print_comparison(server: Server, first: str, expected: list[dict], answers: list[dict]) -> None:
-    same = [a["tokens"] == b["tokens"] for a, b in zip(expected, answers, strict=True)]
-    accepted = [a["verified"] == b["verified"] for a, b in zip(expected, answers, strict=True)]
-    parts = [
-        f"{sum(same[chosen])} of {len(same[chosen])} answers {how}, {sum(accepted[chosen])} in as many steps"
-        for chosen, how in ((slice(load.ALONE), "alone"), (slice(load.ALONE, None), "eight at a time"))
-    ]
-    steps = [a["verified"] or 0 for a in answers]
-    print(
-        f"{server.name}: as {first}: {'; '.join(parts)}; verify steps {sum(steps)}: {steps[: load.ALONE]}",
-        flush=True,
-    )
+    parts = []
+    for sent in dict.fromkeys(answer["sent"] for answer in answers):
+        pairs = [(a, b) for a, b in zip(expected, answers, strict=True) if b["sent"] == sent]
+        same = sum(a["tokens"] == b["tokens"] for a, b in pairs)
+        steps = sum(a["verified"] == b["verified"] for a, b in pairs)
+        parts.append(
+            f"{same} of {len(pairs)} answers {sent}, {steps} in as many steps"
+            f" ({sum(b['verified'] or 0 for _, b in pairs)} in all)"
+        )
+    print(f"{server.name}: as {first}: {'; '.join(parts)}", flush=True)
     for line in server.says(last=4 if server.layout else 1):
         print("    " + line, flush=True)
 
@@ -132,18 +133,14 @@ def tokens_rest() -> None:
 ACCEPTED = (
     (4, "bf16", ("none", "none-again", "shared-verify", "in_graph-verify", "replicate-verify")),
     (8, "bf16", ("none", "shared", "in_graph")),
-    (4, "fp8", ("none", "shared-verify")),
+    (4, "fp8", ("none", "shared-verify", "replicate-verify")),
 )
 
 
 def tokens_accepted() -> None:
-    """Weights with which tokens and accepted drafts depend on attention: both are compared.
-
-    Between answers that run together even two servers without the plugin differ: their batches are others.
-    """
-    model = OUT.resolve() / "accepted_model"
-    script, config = Path(__file__).with_name("accepted_model.py"), BUNDLES / "real_sglang/model"
-    print(python("0.5.12", [str(script), str(config), str(model)], 100), flush=True)
+    """Weights with which tokens and accepted drafts depend on attention; batches that do not depend on the
+    clock: then all answers, and the numbers of verify steps, are equal bit for bit."""
+    model = accepted_model()
     for release in RELEASES:
         servers = [
             token_server(release, steps, variant, False, kind)
@@ -152,16 +149,30 @@ def tokens_accepted() -> None:
         ]
         for server in servers:
             server.name += "-accepted"
-            server.args = f"--model-path {model} --load-format auto"
-        compare_tokens(servers)
+            server.args = model
+            server.env |= load.COLOCATED
+        compare_tokens(servers, load.batched)
+
+
+def accepted_model() -> str:
+    """Writes the checkpoint; the arguments of a server of it."""
+    model = OUT.resolve() / "accepted_model"
+    script, config = Path(__file__).with_name("accepted_model.py"), BUNDLES / "real_sglang/model"
+    print(python("0.5.12", [str(script), str(config), str(model)], 100), flush=True)
+    # No prefix cache: what is computed does not depend on what came before.
+    return f"--model-path {model} --load-format auto --disable-radix-cache"
 
 
 def tensor_parallel() -> None:
-    """Two GPUs: the same tokens, the plugin in every rank."""
-    extra = "--tp 2 --disable-custom-all-reduce"
+    """Two GPUs: the same tokens, drafts accepted, the plugin in every rank."""
+    args = accepted_model() + " --tp 2 --disable-custom-all-reduce"
+    args += " --enforce-disable-flashinfer-allreduce-fusion"  # it may use NVLink multicast
     for release in RELEASES:
-        none = Server(f"{release}-tp2-none", release, None, args=extra)
-        compare_tokens([none, Server(f"{release}-tp2-shared", release, "shared", args=extra, env=VERIFY)])
+        servers = [
+            Server(f"{release}-tp2-{layout or 'none'}", release, layout, args=args, env=env | load.COLOCATED)
+            for layout, env in ((None, {}), ("shared", VERIFY))
+        ]
+        compare_tokens(servers, load.batched)
 
 
 # ---- time

@@ -30,14 +30,14 @@ def prompt(seed: int, length: int) -> list[int]:
     return [rng.randint(10, 30000) for _ in range(length)]
 
 
-def generate(port: int, ids: list[int], tokens: int, rid: str | None = None) -> dict[str, Any]:
+def generate(port: int, ids: list[int] | list[list[int]], tokens: int, rid: str | None = None) -> Any:
+    """An answer; to a list of prompts, a list of them."""
     parameters = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     body: dict[str, Any] = {"input_ids": ids, "sampling_params": parameters}
     return post(port, "/generate", body | ({"rid": rid} if rid else {}))
 
 
 LENGTHS = (3, 60, 64, 65, 300, 600, 1999, 2500, 5000)
-ALONE = len(LENGTHS)  # answers that are asked for one at a time
 
 
 class Background:
@@ -63,19 +63,43 @@ class Background:
         return self._result[0] if self._result else None
 
 
+def prompts() -> list[list[int]]:
+    """33 fixed ones, of 3 to 5,000 tokens."""
+    return [prompt(i, n) for i, n in enumerate(LENGTHS)] + [prompt(100 + i, 40 * i + 7) for i in range(24)]
+
+
 def greedy(port: int, tokens: int = 96) -> list[dict[str, Any]]:
-    """Answers to fixed prompts, sent one at a time and then eight at once, in the order of the prompts."""
-    answers = [generate(port, prompt(i, n), tokens) for i, n in enumerate(LENGTHS)]
+    """Answers to fixed prompts: some one at a time, then the others eight at once as they come."""
+    sent = prompts()
+    answers = [_answer("alone", generate(port, ids, tokens)) for ids in sent[: len(LENGTHS)]]
     with ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(generate, port, prompt(100 + i, 40 * i + 7), tokens) for i in range(24)]
-        answers += [future.result() for future in futures]
-    return [
-        {
-            "tokens": answer.get("output_ids") or answer["text"],
-            "verified": answer["meta_info"].get("spec_verify_ct"),
-        }
-        for answer in answers
-    ]
+        futures = [pool.submit(generate, port, ids, tokens) for ids in sent[len(LENGTHS) :]]
+        return answers + [_answer("eight at a time", future.result()) for future in futures]
+
+
+BATCHES = (1, 4, 8)
+
+
+def batched(port: int, tokens: int = 96) -> list[dict[str, Any]]:
+    """Every prompt in batches of each size, a batch after the other. Where the server lets a batch wait until
+    it is complete (`COLOCATED`), what is computed together does not depend on the clock."""
+    answers, sent = [], prompts()
+    for size in BATCHES:
+        for start in range(0, len(sent), size):
+            found = generate(port, sent[start : start + size], tokens)
+            answers += [_answer(f"in batches of {size}", answer) for answer in found]
+    return answers
+
+
+COLOCATED = {"SGLANG_ENABLE_COLOCATED_BATCH_GEN": "1"}
+
+
+def _answer(sent: str, answer: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "sent": sent,
+        "tokens": answer.get("output_ids") or answer["text"],
+        "verified": answer["meta_info"].get("spec_verify_ct"),
+    }
 
 
 def steady(port: int, requests: int, seconds: float, length: int = 600, tokens: int = 400) -> float:
