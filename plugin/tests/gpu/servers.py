@@ -64,12 +64,14 @@ class Server:
 
     def start(self, port: int) -> None:
         self.port = port
+        # Many stand side by side: those that nobody asks should leave the cores to the others.
+        args = f"--mem-fraction-static 0.7 --sleep-on-idle --nccl-port {port + NCCL_PORT} {self.args}"
         self.folder.mkdir(parents=True, exist_ok=True)
         env = os.environ | {
             "PORT": str(port), "STEPS": str(self.steps), "VARIANT": self.variant,
             "OUT": str(self.folder.resolve()),
             "KEEP": "1", "CHECKS": "0", "NO_FALLBACK": "1", "PROBE": "0", "CLIENT": "true", "TAIL": "5",
-            "EXTRA_ARGS": f"--mem-fraction-static 0.7 --nccl-port {port + NCCL_PORT} {self.args}",
+            "EXTRA_ARGS": args,
             "HEALTH_S": os.environ.get("HEALTH_S", "280"),
         }  # fmt: skip
         if self.layout is not None:

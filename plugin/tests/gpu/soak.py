@@ -17,14 +17,14 @@ class Soak:
     def __init__(self, server: Server, seconds: float) -> None:
         self.server, self.started, self.seconds = server, time.monotonic(), seconds
         self.load = load.Mixed(server.port, seconds)
-        self._reported = 0.0
+        self._due = REPORT_S
 
     def report(self, last: bool = False) -> None:
         """Prints where it is, if that is due."""
         passed = time.monotonic() - self.started
-        if not last and passed < self._reported + REPORT_S:
+        if not last and passed < self._due:
             return
-        self._reported = passed
+        self._due += REPORT_S
         print(
             f"{self.server.name}: {passed:.0f} s of mixed load, {self.load.counts}, "
             f"{self.verified()} replays verified, {len(self.differences())} differences",
