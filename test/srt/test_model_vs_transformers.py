@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -180,8 +181,16 @@ def test_nextn_layer_equals_a_transformers_layer(sparse: bool, tmp_path: Path) -
     driver = PagedDriver(config, layers=1)
     logits = driver.run(ours, [(1, 0, ids[:-2])], ForwardMode.EXTEND, hidden[:-2])
     assert_rows_equal(driver, logits, reference, 0)
-    for position in (case.context - 2, case.context - 1):
-        row = [(1, position, [ids[position]])]
+    # Of all rows the keys, of each request's last row all: two requests at once, then one on its own.
+    extend, short = ForwardMode.EXTEND, ids[:3]
+    both = torch.cat((hidden[:20], hidden[:3]))
+    logits = driver.run(ours, [(2, 0, ids[:20]), (3, 0, short)], extend, both, last_only=True)
+    assert driver.selected == [[layer[19], layer[2]] for layer in reference.selected]
+    assert relative_error(logits, reference.logits[[19, 2]]) < 1e-4
+    logits = driver.run(ours, [(2, 20, ids[20:-2])], extend, hidden[20:-2], last_only=True)
+    assert_rows_equal(driver, logits, reference, case.context - 3)
+    for request, position in product((1, 2), (case.context - 2, case.context - 1)):
+        row = [(request, position, [ids[position]])]
         logits = driver.run(ours, row, ForwardMode.DECODE, hidden[position : position + 1])
         assert_rows_equal(driver, logits, reference, position)
 

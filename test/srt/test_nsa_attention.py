@@ -203,6 +203,17 @@ def test_slots_are_the_same_through_req_to_token(
     assert (direct[~live] == case.padding_slot).all()
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("lengths", "topk"), [([1, 2, 3, 7, 8], 8), ([5, 80], 96), ([0], 1)], ids=str)
+def test_all_slots_are_what_is_selected_where_nobody_has_more(
+    lengths: list[int], topk: int, name: str
+) -> None:
+    ops = implementation(name)
+    inputs = select_inputs(SelectCase("", lengths, topk, table_rows=[1] * len(lengths))).on(ops.device)
+    selected = ops.select_topk(*inputs, topk, max(lengths), padding_slot=3)
+    assert torch.equal(indexer.all_slots(*inputs[3:], topk, padding_slot=3), selected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LARGE_SELECT_CASES, ids=lambda case: case.name)
 def test_select_topk_at_deepseeks_size(case: SelectCase) -> None:

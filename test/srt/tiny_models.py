@@ -141,7 +141,7 @@ def save_checkpoint(
 class PagedDriver:
     """Runs one model on one request after another over a shuffled, poisoned page pool.
 
-    `selected[layer]` collects, for each row that ran, the set of positions that the indexer selected.
+    `selected[layer]` collects, for each row that ran, the set of positions that it attended to.
     """
 
     def __init__(self, config: ModelConfig, layers: int, page_size: int = 4, pages: int = 80) -> None:
@@ -164,8 +164,7 @@ class PagedDriver:
         self.position_of_slot: dict[int, int] = {}
         self.selected: list[list[set[int]]] = []
         ops = select_attention_ops("auto", torch.device(config.device), "tests")
-        # What is selected is to be seen, also where it is everything.
-        ops = replace(ops, select_topk=self._recording(ops), dense_mla=None)
+        ops = replace(ops, sparse_mla=self._recording(ops), dense_mla=None)
         nsa = NSAConfig(
             topk=config.index_topk,
             page_size=page_size,
@@ -178,14 +177,13 @@ class PagedDriver:
         self.backend = NativeSparseAttnBackend(nsa)
 
     def _recording(self, ops: SparseAttentionOps):
-        def select_topk(*args, **kwargs):
-            slots = ops.select_topk(*args, **kwargs)
+        def sparse_mla(q_nope, q_rope, kv_buffer, slots, *args):
             self.selected.append(
                 [{self.position_of_slot[s] for s in row if s >= 0} for row in slots.tolist()]
             )
-            return slots
+            return ops.sparse_mla(q_nope, q_rope, kv_buffer, slots, *args)
 
-        return select_topk
+        return sparse_mla
 
     def _slots(self, request: int, start: int, end: int) -> torch.Tensor:
         table = self.requests.req_to_token
@@ -205,13 +203,16 @@ class PagedDriver:
         rows: list[tuple[int, int, list[int]]],
         mode: ForwardMode,
         hidden_states: torch.Tensor | None = None,
+        last_only: bool = False,
     ) -> torch.Tensor:
-        """Runs (request, first position, token ids) of each request. Returns logits [T, vocab]."""
+        """Runs (request, first position, token ids) of each request. Returns logits [T, vocab], or those of
+        each request's last row."""
         self.selected = []
         device = self.config.device
         lens = [start + len(ids) for _, start, ids in rows]
         loc = [self._slots(request, start, start + len(ids)) for request, start, ids in rows]
         positions = [torch.arange(start, start + len(ids)) for _, start, ids in rows]
+        last_rows = torch.tensor([len(ids) for _, _, ids in rows], device=device).cumsum(0) - 1
         batch = ForwardBatch(
             forward_mode=mode,
             batch_size=len(rows),
@@ -224,7 +225,8 @@ class PagedDriver:
             token_to_kv_pool=self.pool,
             attn_backend=self.backend,
             seq_lens_cpu=lens,
-            extend_seq_lens_cpu=[len(ids) for _, _, ids in rows] if mode.is_extend() else None,
+            row_requests=torch.tensor([r for r, _, ids in rows for _ in ids], device=device),
+            last_rows=last_rows if last_only else None,
             hidden_states=hidden_states,
         )
         self.backend.init_forward_metadata(batch)

@@ -23,7 +23,7 @@ from sglang.srt.model_executor.attention_config import attention_config
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.graph_runner import StepInputs
 from sglang.srt.model_executor.metadata_report import log_metadata_paths, metadata_state
-from sglang.srt.model_executor.model_runner import ExtendBatch, ModelRunner
+from sglang.srt.model_executor.model_runner import ExtendBatch, ModelRunner, to_device
 from sglang.srt.model_executor.read_back import ReadBack
 from sglang.srt.model_executor.step_function import StepFunction, StepMetadata
 from sglang.srt.model_executor.step_graph import StepGraph
@@ -48,13 +48,10 @@ class DecodeBatch:
     @classmethod
     def create(cls, reqs: list[Req], device: torch.device) -> DecodeBatch:
         wanted = [req.top_logprobs_num for req in reqs if req.return_logprob]
-        # From pinned memory, so that the copy does not wait for the step that is under way.
-        rows = torch.tensor(
-            [req.req_pool_idx for req in reqs], dtype=torch.int32, pin_memory=device.type == "cuda"
-        )
+        rows = torch.tensor([req.req_pool_idx for req in reqs], dtype=torch.int32)
         return cls(
             members=[(req, req.req_pool_idx) for req in reqs],
-            indices=rows.to(device, non_blocking=True),
+            indices=to_device(rows, device=device)[0],
             sampling=SamplingBatchInfo.of([req.sampling_params for req in reqs]),
             top_logprobs=max(wanted) if wanted else None,
         )
@@ -122,6 +119,7 @@ class TpModelWorker:
             self.req_to_token_pool, self.target.model.rotary_emb, self.lookahead, self.device
         )
         self.read_back = ReadBack(server_args.max_running_requests, self.lookahead + 1, self.device)
+        self.first_tokens = ReadBack(server_args.max_running_requests, 1, self.device)  # of prompts
         self.steps = StepRunner(
             self.step_functions, self.step_graphs, self._create_inputs, self.req_to_token_pool
         )
@@ -134,31 +132,30 @@ class TpModelWorker:
     @torch.inference_mode()
     def prefill(self, chunks: list[PrefillChunk]) -> StepOutput:
         """One eager pass over the chunks; samples where a chunk ends its prompt."""
-        lens = [len(chunk.tokens) for chunk in chunks]
-        indices = [chunk.req.req_pool_idx for chunk in chunks]
-        extend = ExtendBatch.create(
-            self.req_to_token_pool, indices, [chunk.req.kv_len for chunk in chunks], lens
-        )
-        input_ids = torch.tensor([t for chunk in chunks for t in chunk.tokens], device=self.device)
-        hidden_states = self.target.extend(extend, input_ids)  # [T, hidden]
-
-        last_rows = torch.tensor(lens, device=self.device).cumsum(0) - 1  # [bs]
-        logits = self.target.model.compute_logits(hidden_states[last_rows]).float()
-        batch = DecodeBatch.create([chunk.req for chunk in chunks], self.device)
-        positions = extend.seq_lens.long()[:, None]
-        sampled = self.sampler(logits, positions, extend.req_pool_indices, batch.sampling)[:, 0]
-
-        known = torch.tensor(
-            [-1 if c.next_token is None else c.next_token for c in chunks], device=self.device
-        )
-        next_tokens = torch.where(known < 0, sampled, known)  # [bs]
         pool = self.req_to_token_pool
+        extend = ExtendBatch.create(
+            pool,
+            [chunk.req.req_pool_idx for chunk in chunks],
+            [chunk.req.kv_len for chunk in chunks],
+            [chunk.tokens for chunk in chunks],
+        )
+        following = torch.tensor([-1 if c.next_token is None else c.next_token for c in chunks])
+        (known,) = to_device(following, device=self.device)  # [bs]: -1 where it is to be sampled
+        batch = DecodeBatch.create([chunk.req for chunk in chunks], self.device)
+        hidden_states = self.target.extend(extend, extend.input_ids)  # [T, hidden]
+
+        logits = self.target.model.compute_logits(hidden_states[extend.last_rows]).float()
+        positions = extend.seq_lens.long()[:, None]
+        sampled = self.sampler(logits, positions, extend.req_pool_indices, batch.sampling)  # [bs, 1]
+        first_tokens = self.first_tokens.start(sampled)  # on their way while the NextN layer runs
+        sampled = sampled[:, 0]
+        next_tokens = torch.where(known < 0, sampled, known)  # [bs]
         pool.seq_lens[extend.req_pool_indices] = extend.seq_lens
         pool.last_token[extend.req_pool_indices] = next_tokens
         if batch.sampling.changes_logits:
             pool.penalties.add_outputs(extend.req_pool_indices, sampled[:, None], known < 0)
-        self._after_prefill(extend, input_ids, next_tokens, hidden_states, last_rows)
-        return self._prefill_output(chunks, batch, hidden_states, logits, sampled)
+        self._after_prefill(extend, next_tokens, hidden_states)
+        return self._prefill_output(chunks, batch, hidden_states, logits, sampled, first_tokens())
 
     @torch.inference_mode()
     def launch_decode(self, reqs: list[Req]) -> PendingDecode:
@@ -316,10 +313,8 @@ class TpModelWorker:
     def _after_prefill(
         self,
         extend: ExtendBatch,
-        input_ids: torch.Tensor,
         next_tokens: torch.Tensor,
         hidden_states: torch.Tensor,
-        last_rows: torch.Tensor,
     ) -> None:
         """A hook of the speculative worker's."""
 
@@ -330,9 +325,10 @@ class TpModelWorker:
         hidden_states: torch.Tensor,
         logits: torch.Tensor,
         sampled: torch.Tensor,
+        first_tokens: list[list[int]],
     ) -> StepOutput:
         ends = [chunk.next_token is None for chunk in chunks]
-        tokens = [[token] if end else [] for token, end in zip(sampled.tolist(), ends)]
+        tokens = [token if end else [] for token, end in zip(first_tokens, ends)]
         if batch.top_logprobs is None:
             return StepOutput(tokens)
         of_sampled = token_logprobs(logits, sampled, batch.top_logprobs)

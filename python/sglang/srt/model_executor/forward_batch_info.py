@@ -27,7 +27,7 @@ class ForwardMode(IntEnum):
 
 @dataclass
 class ForwardBatch:
-    """T query rows of bs requests, in request order.
+    """T rows of bs requests, in request order: each brings a key, and a query unless `last_rows` says whose.
 
     `seq_lens` follows SGLang: EXTEND and DECODE count the tokens of this pass; TARGET_VERIFY holds the
     committed lengths (the D draft rows come on top); DRAFT_EXTEND counts the accepted tokens.
@@ -44,7 +44,8 @@ class ForwardBatch:
     token_to_kv_pool: MLATokenToKVPool
     attn_backend: AttentionBackend
     seq_lens_cpu: list[int] | None = None  # the host's mirror of seq_lens, where the host has one
-    extend_seq_lens_cpu: list[int] | None = None  # EXTEND: rows of each request, sum T
+    row_requests: torch.Tensor | None = None  # [T], int64: EXTEND: the request of each row
+    last_rows: torch.Tensor | None = None  # [bs], int64: EXTEND: where these alone are asked for; None: all
     accept_lens: torch.Tensor | None = None  # [bs], int32: DRAFT_EXTEND
     hidden_states: torch.Tensor | None = None  # [T, hidden]: what the NextN layer is fed with, else None
     rotation: torch.Tensor | None = None  # [T, 1, rope / 2], complex64: of the positions, where it is known

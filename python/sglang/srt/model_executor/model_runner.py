@@ -17,29 +17,53 @@ from sglang.srt.model_executor.step_rows import StepRows
 class ExtendBatch:
     """The chunks of one prefill pass: what the target and the NextN layer have in common."""
 
-    req_pool_indices: torch.Tensor  # [bs], int32
+    input_ids: torch.Tensor  # [T], int64
     positions: torch.Tensor  # [T], int64
+    row_requests: torch.Tensor  # [T], int64
     out_cache_loc: torch.Tensor  # [T], int64
+    req_pool_indices: torch.Tensor  # [bs], int32
     seq_lens: torch.Tensor  # [bs], int32: after the pass
+    last_rows: torch.Tensor  # [bs], int64: of each chunk
     seq_lens_cpu: list[int]
-    extend_seq_lens_cpu: list[int]
 
     @classmethod
     def create(
-        cls, pool: ReqToTokenPool, indices: Sequence[int], prefix_lens: Sequence[int], lens: Sequence[int]
+        cls,
+        pool: ReqToTokenPool,
+        indices: Sequence[int],
+        prefix_lens: Sequence[int],
+        tokens: Sequence[Sequence[int]],
     ) -> ExtendBatch:
-        device = pool.req_to_token.device
-        positions = torch.cat([torch.arange(p, p + n) for p, n in zip(prefix_lens, lens)]).to(device)
-        row_requests = torch.repeat_interleave(torch.tensor(indices), torch.tensor(lens)).to(device)
-        seq_lens = [p + n for p, n in zip(prefix_lens, lens)]
-        return cls(
-            req_pool_indices=torch.tensor(indices, dtype=torch.int32, device=device),
-            positions=positions,
-            out_cache_loc=pool.req_to_token[row_requests, positions].long(),
-            seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
-            seq_lens_cpu=seq_lens,
-            extend_seq_lens_cpu=list(lens),
+        ends = [p + len(chunk) for p, chunk in zip(prefix_lens, tokens)]
+        lens = torch.tensor([len(chunk) for chunk in tokens])
+        requests = torch.tensor(indices)
+        input_ids, positions, row_requests, requests, seq_lens, last_rows = to_device(
+            torch.tensor([token for chunk in tokens for token in chunk]),
+            torch.cat([torch.arange(p, end) for p, end in zip(prefix_lens, ends)]),
+            requests.repeat_interleave(lens),
+            requests,
+            torch.tensor(ends),
+            lens.cumsum(0) - 1,
+            device=pool.req_to_token.device,
         )
+        return cls(
+            input_ids=input_ids,
+            positions=positions,
+            row_requests=row_requests,
+            out_cache_loc=pool.req_to_token[row_requests, positions].long(),
+            req_pool_indices=requests.int(),
+            seq_lens=seq_lens.int(),
+            last_rows=last_rows,
+            seq_lens_cpu=ends,
+        )
+
+
+def to_device(*columns: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Vectors of one dtype in one copy, from pinned memory: nobody waits for what the device does."""
+    sizes = [column.shape[0] for column in columns]
+    host = torch.empty(sum(sizes), dtype=columns[0].dtype, pin_memory=device.type == "cuda")
+    torch.cat(columns, out=host)
+    return host.to(device, non_blocking=True).split(sizes)
 
 
 class ModelRunner:
@@ -58,9 +82,13 @@ class ModelRunner:
         self.attn_backend = attn_backend
 
     def extend(
-        self, batch: ExtendBatch, input_ids: torch.Tensor, hidden_states: torch.Tensor | None = None
+        self,
+        batch: ExtendBatch,
+        input_ids: torch.Tensor,  # [T], int64
+        hidden_states: torch.Tensor | None = None,  # [T, hidden]
+        last_rows: torch.Tensor | None = None,  # [bs], int64
     ) -> torch.Tensor:
-        """One eager prefill pass over input_ids [T], int64. Returns hidden states [T, hidden]."""
+        """One eager prefill pass. Returns the hidden states [T, hidden], or of `last_rows` alone."""
         forward_batch = ForwardBatch(
             forward_mode=ForwardMode.EXTEND,
             batch_size=len(batch.seq_lens_cpu),
@@ -70,7 +98,8 @@ class ModelRunner:
             req_pool_indices=batch.req_pool_indices,
             seq_lens=batch.seq_lens,
             seq_lens_cpu=batch.seq_lens_cpu,
-            extend_seq_lens_cpu=batch.extend_seq_lens_cpu,
+            row_requests=batch.row_requests,
+            last_rows=last_rows,
             hidden_states=hidden_states,
             req_to_token_pool=self.req_to_token_pool,
             token_to_kv_pool=self.token_to_kv_pool,

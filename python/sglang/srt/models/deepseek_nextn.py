@@ -51,7 +51,8 @@ class DeepseekV3ForCausalLMNextN(Layer):
 
     @torch.inference_mode()
     def forward(self, forward_batch: ForwardBatch) -> torch.Tensor:
-        """Reads input_ids and hidden_states [T, hidden]. Returns hidden states after the head's norm."""
+        """Reads input_ids and hidden_states [T, hidden]. Returns hidden states after the head's norm, of
+        `last_rows` alone where these are given."""
         assert self.embed is not None, "set_embed_and_head comes first"
         assert forward_batch.hidden_states is not None
         rotation = forward_batch.rotation

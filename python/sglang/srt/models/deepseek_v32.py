@@ -89,18 +89,22 @@ class MLAttention(Layer):
             self.indexer.weights_proj.products = ()  # its kernel wants the inputs side by side
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
-        """x [T, hidden], rotation [T, 1, rope / 2] complex64 -> [T, hidden]"""
+        """x [T, hidden], rotation [T, 1, rope / 2] complex64 -> [queries, hidden]"""
         make_inputs = self._fused_inputs if self.fused else self._inputs
         inputs = make_inputs(x, rotation, forward_batch)
-        latents = forward_batch.attn_backend.forward(self.layer_id, inputs, forward_batch)  # [T, H, C]
-        values = multiply_heads(latents, self.w_uv.transpose(1, 2))  # [T, H, v_head_dim]
+        latents = forward_batch.attn_backend.forward(self.layer_id, inputs, forward_batch)
+        values = multiply_heads(latents, self.w_uv.transpose(1, 2))  # [queries, H, v_head_dim]
         return self.o_proj(values.flatten(1))
 
     def _inputs(self, x: torch.Tensor, rotation: torch.Tensor, forward_batch: ForwardBatch) -> MLAInputs:
+        kv_latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.kv_dims, dim=-1)
+        k_rope = apply_rotary_interleaved(k_rope[:, None], rotation).squeeze(1)
+        k_index = self.indexer.keys(x, rotation)
+        if forward_batch.last_rows is not None:
+            x, rotation = x[forward_batch.last_rows], rotation[forward_batch.last_rows]
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_b_proj(q_latent).unflatten(-1, (self.config.num_attention_heads, -1))
         q_nope, q_rope = q.split(self.q_head_dims, dim=-1)
-        kv_latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.kv_dims, dim=-1)
         q_index = index_weights = None
         if forward_batch.attn_backend.selects_keys():
             q_index, index_weights = self.indexer.queries(x, q_latent, rotation)
@@ -109,9 +113,9 @@ class MLAttention(Layer):
             q_nope=q_nope,
             q_rope=q_rope,
             kv_latent=self.kv_a_layernorm(kv_latent),
-            k_rope=apply_rotary_interleaved(k_rope[:, None], rotation).squeeze(1),
+            k_rope=k_rope,
             q_index=q_index,
-            k_index=self.indexer.keys(x, rotation),
+            k_index=k_index,
             index_weights=index_weights,
             softmax_scale=self.config.softmax_scale,
         )
@@ -151,6 +155,8 @@ class MLAttention(Layer):
         )
         if not pool.stores_rows:
             pool.set_mla_kv_buffer(self.layer_id, loc, *kv.split(self.kv_dims, dim=-1))
+        if forward_batch.last_rows is not None:
+            x, q_latent, rotation = (rows[forward_batch.last_rows] for rows in (x, q_latent, rotation))
         selects = forward_batch.attn_backend.selects_keys()
         split = self.q_b_proj.out_features
         queries = F.linear(q_latent, self.from_q_latent if selects else self.q_b_proj.weight)
@@ -207,10 +213,13 @@ class DeepseekV32DecoderLayer(Layer):
         rotation: torch.Tensor,
         forward_batch: ForwardBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + delta [T, hidden] comes in, and goes out, as two: the next norm adds them. Rotation
-        [T, 1, rope / 2], complex64."""
+        """x + delta [T, hidden] comes in, and goes out, as two: the next norm adds them; out come the rows
+        that are asked for. Rotation [T, 1, rope / 2], complex64."""
         normed, x = self.input_layernorm.add(x, delta)
-        normed, x = self.post_attention_layernorm.add(x, self.self_attn(normed, rotation, forward_batch))
+        attended = self.self_attn(normed, rotation, forward_batch)
+        if forward_batch.last_rows is not None:
+            x = x[forward_batch.last_rows]
+        normed, x = self.post_attention_layernorm.add(x, attended)
         return x, self.mlp(normed)
 
 

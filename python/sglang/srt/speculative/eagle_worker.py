@@ -195,13 +195,12 @@ class EAGLEWorker(TpModelWorker):
     def _after_prefill(
         self,
         extend: ExtendBatch,
-        input_ids: torch.Tensor,
         next_tokens: torch.Tensor,
         hidden_states: torch.Tensor,
-        last_rows: torch.Tensor,
     ) -> None:
-        """The NextN layer over the same rows, each with the token after it."""
-        following = input_ids.roll(-1)
-        following[last_rows] = next_tokens
-        outputs = self.nextn.extend(extend, following, hidden_states)
-        self._keep_draft(outputs[last_rows], extend.req_pool_indices, extend.seq_lens, UNFILTERED)
+        """The NextN layer over the same rows, each with the token after it: keys of all, and each request's
+        first draft, which its last row makes."""
+        following = extend.input_ids.roll(-1)
+        following[extend.last_rows] = next_tokens
+        outputs = self.nextn.extend(extend, following, hidden_states, extend.last_rows)
+        self._keep_draft(outputs, extend.req_pool_indices, extend.seq_lens, UNFILTERED)

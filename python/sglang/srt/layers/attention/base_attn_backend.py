@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MLAInputs:
-    """What one sparse MLA layer hands to its backend: T rows, H heads, all in the model's dtype. The keys are
-    None where the layer has written them to the cache itself."""
+    """What one sparse MLA layer hands to its backend: T queries of H heads and K keys, all in the model's
+    dtype. The keys are None where the layer has written them to the cache itself."""
 
     q_nope: torch.Tensor  # [T, H, kv_lora_rank]: absorbed, i.e. already multiplied by W_UK
     q_rope: torch.Tensor  # [T, H, qk_rope_head_dim]
-    kv_latent: torch.Tensor | None  # [T, kv_lora_rank]: after kv_a_layernorm
-    k_rope: torch.Tensor | None  # [T, qk_rope_head_dim]
+    kv_latent: torch.Tensor | None  # [K, kv_lora_rank]: after kv_a_layernorm
+    k_rope: torch.Tensor | None  # [K, qk_rope_head_dim]
     q_index: torch.Tensor | None  # [T, index_n_heads, index_head_dim], rotated; None: nothing is selected
-    k_index: torch.Tensor | None  # [T, index_head_dim], normed and rotated
+    k_index: torch.Tensor | None  # [K, index_head_dim], normed and rotated
     index_weights: torch.Tensor | None  # [T, index_n_heads], float32, all scales included; None with q_index
     softmax_scale: float
 

@@ -9,6 +9,7 @@ import torch
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, MLAInputs
 from sglang.srt.layers.attention.nsa.dense_mla import LiveKeys
+from sglang.srt.layers.attention.nsa.indexer import all_slots
 from sglang.srt.layers.attention.nsa.metadata import (
     MetadataMode,
     MetadataShape,
@@ -50,7 +51,7 @@ class NSAConfig:
 
 @dataclass(frozen=True)
 class RaggedMetadata:
-    """EXTEND: requests with any number of rows."""
+    """EXTEND: T query rows, any number a request."""
 
     slot_table: SlotTable
     nsa_seqlens_expanded: torch.Tensor  # [T], int32: keys visible to each row
@@ -114,10 +115,11 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
         self.forward_metadata: NSAMetadata | RaggedMetadata | None = None
         self._width: int | None = None  # of this pass: columns worth looking at
         self._keys: LiveKeys | None = None  # of this pass, where all of them are attended to
+        self._slots: torch.Tensor | None = None  # the same for a ragged pass: [T, <= topk], int32
 
     def use(self, metadata: NSAMetadata | RaggedMetadata) -> None:
         """What this pass reads; its contents may still change until the first layer looks."""
-        self.forward_metadata, self._width, self._keys = metadata, None, None
+        self.forward_metadata, self._width, self._keys, self._slots = metadata, None, None, None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """The metadata of an eager pass."""
@@ -134,37 +136,38 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
             self._width = _live_width(
                 metadata.nsa_seqlens_expanded, metadata.width if ragged else self.config.width
             )
-        return ragged or self.config.decode_ops.dense_mla is None or self._width > self.config.topk
+        if self._width > self.config.topk:
+            return True
+        return not ragged and self.config.decode_ops.dense_mla is None
 
     def forward(self, layer_id: int, inputs: MLAInputs, forward_batch: ForwardBatch) -> torch.Tensor:
-        """Writes the layer's keys, selects the top-k slots and attends: [T, H, kv_lora_rank]."""
+        """Writes the layer's keys, selects each query's slots and attends: [queries, H, kv_lora_rank]."""
         pool, loc = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc
         if inputs.kv_latent is not None:
             pool.set_mla_kv_buffer(layer_id, loc, inputs.kv_latent, inputs.k_rope)
             pool.set_index_k_buffer(layer_id, loc, inputs.k_index)
 
         metadata = self.forward_metadata
-        if not self.selects_keys():
-            return self._attend_to_all(inputs, pool.kv_buffer[layer_id])
         ragged = isinstance(metadata, RaggedMetadata)
+        if not ragged and not self.selects_keys():
+            return self._attend_to_all(inputs, pool.kv_buffer[layer_id])
         ops = self.config.prefill_ops if ragged else self.config.decode_ops
         lengths, table = metadata.nsa_seqlens_expanded, metadata.slot_table
-        topk = self.config.topk
-        # The host knows a prefill's longest sequence: nobody looks at slots that cannot be.
-        if ragged and not ops.fixed_topk:
-            topk = min(topk, -(-metadata.width // TOPK_MULTIPLE) * TOPK_MULTIPLE)
-        slots = ops.select_topk(
-            inputs.q_index,
-            inputs.index_weights,
-            pool.index_k_buffer[layer_id],
-            table.slots,
-            table.rows,
-            lengths,
-            topk,
-            self._width,
-            rows_per_req=table.rows_per_req,
-            padding_slot=ops.padding_slot,
-        )  # [T, topk], int32
+        if inputs.q_index is None:
+            slots = self._all_slots(ops)
+        else:
+            slots = ops.select_topk(
+                inputs.q_index,
+                inputs.index_weights,
+                pool.index_k_buffer[layer_id],
+                table.slots,
+                table.rows,
+                lengths,
+                self.config.topk,
+                self._width,
+                rows_per_req=table.rows_per_req,
+                padding_slot=ops.padding_slot,
+            )  # [T, topk], int32
         return ops.sparse_mla(
             inputs.q_nope,
             inputs.q_rope,
@@ -173,6 +176,17 @@ class NativeSparseAttnBackend(_GraphHooks, AttentionBackend):
             inputs.softmax_scale,
             metadata.reader,
         )
+
+    def _all_slots(self, ops: SparseAttentionOps) -> torch.Tensor:
+        """The slots of a prefill whose rows all attend to all keys, the same for every layer."""
+        if self._slots is None:
+            metadata, topk = self.forward_metadata, self.config.topk
+            # The host knows the longest sequence: nobody looks at slots that cannot be.
+            if not ops.fixed_topk:
+                topk = min(topk, -(-metadata.width // TOPK_MULTIPLE) * TOPK_MULTIPLE)
+            table, lengths = metadata.slot_table, metadata.nsa_seqlens_expanded
+            self._slots = all_slots(table.slots, table.rows, lengths, topk, padding_slot=ops.padding_slot)
+        return self._slots
 
     def _attend_to_all(self, inputs: MLAInputs, kv_buffer: torch.Tensor) -> torch.Tensor:
         if self._keys is None:
@@ -228,11 +242,10 @@ def metadata_inputs(config: NSAConfig, forward_batch: ForwardBatch) -> MetadataI
 
 
 def _ragged_metadata(config: NSAConfig, forward_batch: ForwardBatch) -> RaggedMetadata:
-    rows = torch.tensor(forward_batch.extend_seq_lens_cpu, device=forward_batch.positions.device)  # [bs]
-    requests = torch.repeat_interleave(
-        forward_batch.req_pool_indices, rows, output_size=forward_batch.input_ids.shape[0]
-    )  # [T]
-    seqlens = (forward_batch.positions + 1).to(torch.int32)
+    if forward_batch.last_rows is None:
+        requests, seqlens = forward_batch.row_requests, (forward_batch.positions + 1).int()
+    else:
+        requests, seqlens = forward_batch.req_pool_indices, forward_batch.seq_lens
     metadata = RaggedMetadata(
         slot_table=SlotTable(forward_batch.req_to_token_pool.req_to_token, requests),
         nsa_seqlens_expanded=seqlens,

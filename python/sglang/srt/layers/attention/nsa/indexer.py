@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 # Scores [rows, heads, keys] and gathered keys [rows, keys, dim] held at once, in elements (float32): what a
 # CPU's caches hold, and a bound for memory.
@@ -55,6 +56,20 @@ def select_topk(
         scores = _scores(q_index[chunk], index_weights[chunk], keys)
         slots[chunk, : min(topk, width)] = _topk_slots(scores, pages, length, topk, padding_slot)
     return slots
+
+
+def all_slots(
+    page_table: torch.Tensor,  # [R, W], int32: slot of each position
+    table_rows: torch.Tensor,  # [T]: which row of the page table
+    lengths: torch.Tensor,  # [T], int32: keys that row t sees, at most topk
+    topk: int,
+    *,
+    padding_slot: int = -1,
+) -> torch.Tensor:
+    """What `select_topk` gives where no row has more than `topk` keys: slots [T, topk], int32."""
+    slots = page_table[:, :topk].index_select(0, table_rows)
+    live = torch.arange(slots.shape[1], device=slots.device) < lengths[:, None]
+    return F.pad(slots.where(live, padding_slot), (0, topk - slots.shape[1]), value=padding_slot)
 
 
 def _chunks(
