@@ -24,7 +24,7 @@ def model_runner(sizes: Sizes, **server_args: Any) -> SimpleNamespace:
     return SimpleNamespace(
         sizes=sizes,
         req_to_token=token_table(sizes, DEVICE),
-        server_args=SimpleNamespace(**server_args),
+        server_args=SimpleNamespace(**{"enable_two_batch_overlap": False} | server_args),
         kv_index_translator=None,
     )
 

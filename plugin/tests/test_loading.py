@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 import sys
+from types import SimpleNamespace
 
 import harness
 import pytest
@@ -163,6 +166,55 @@ def test_a_server_that_is_left_alone(plugin, monkeypatch, caplog, server_args, r
     tables = {b.decode_cuda_graph_metadata["page_table"].data_ptr() for b in runner.wrapper.attn_backends}
     assert len(tables) == 3  # SGLang's own state, one for each backend
     run_and_compare(runner)
+
+
+def resolved_settings(overlap=False, decode="full"):
+    decode = SimpleNamespace(backend=decode)
+    return SimpleNamespace(
+        overlap=SimpleNamespace(enable_two_batch_overlap=overlap),
+        graph=SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=decode)),
+    )
+
+
+@pytest.mark.parametrize(
+    "resolved, reason",
+    [
+        (resolved_settings(overlap=True), "two-batch overlap"),
+        (resolved_settings(decode="breakable"), "decode graphs are breakable"),
+        (resolved_settings(), None),
+    ],
+)
+def test_what_a_server_has_resolved_counts(plugin, monkeypatch, resolved, reason):
+    """From 0.5.19 on its arguments stay as they were given, and were all that was looked at: graphs made
+    breakable by another flag or by a default were shared."""
+    context = pytest.importorskip("sglang.srt.runtime_context", reason="a release that resolves in place")
+    monkeypatch.setattr(context, "get_exec", lambda: resolved, raising=False)
+    given = {"enable_two_batch_overlap": False, "cuda_graph_config": None}
+    draft = draft_metadata_of(served(plugin, monkeypatch, server_args=given).wrapper)
+    assert (draft.layout is None) == (reason is not None)
+    assert reason is None or reason in draft.reason
+
+
+def test_settings_lie_where_they_are_looked_for():
+    """A setting that a release renames or moves would be taken for one that is off."""
+    server_args = importlib.import_module("sglang.srt.server_args").ServerArgs
+    try:
+        utils = importlib.import_module("sglang.srt.arg_groups.arg_utils")
+    except ModuleNotFoundError:
+        utils = None  # an earlier release
+    if hasattr(utils, "namespace_of"):  # in the process's context
+        found = utils.namespace_of(server_args)
+        assert found["enable_two_batch_overlap"] == "exec.overlap"
+        assert found["cuda_graph_config"] == "exec.graph"
+    else:
+        names = {field.name for field in dataclasses.fields(server_args)}
+        assert "enable_two_batch_overlap" in names
+        assert names & {"enable_breakable_cuda_graph", "cuda_graph_config"}
+
+
+def test_an_unknown_setting_is_left_alone(plugin, monkeypatch):
+    runner = served(plugin, monkeypatch, server_args={"enable_two_batch_overlap": None})
+    assert "no setting says" in draft_metadata_of(runner.wrapper).reason
 
 
 def test_strict_stops_such_a_server(plugin, monkeypatch):

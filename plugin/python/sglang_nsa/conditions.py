@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -29,7 +30,10 @@ def require_supported(installed: Installed, wrapper: Any, server_args: Any) -> N
     if any(b.req_to_token.data_ptr() != backends[0].req_to_token.data_ptr() for b in backends):
         raise UnsupportedError("the draft backends have token tables of their own")
     _require_known(installed.family.fields, backends)
-    if getattr(server_args, "enable_two_batch_overlap", False):
+    overlap = _setting(server_args, "overlap.enable_two_batch_overlap")
+    if overlap is None:
+        raise UnsupportedError("no setting says whether two-batch overlap splits the draft batch")
+    if overlap:
         raise UnsupportedError("two-batch overlap splits the draft batch")
     graph_backend = _decode_graph_backend(server_args)
     if graph_backend not in (None, "full"):
@@ -47,8 +51,18 @@ def _require_known(fields: FieldMap, backends: list[Any]) -> None:
 
 def _decode_graph_backend(server_args: Any) -> str | None:
     """How decode graphs are captured; None where this SGLang knows one way only."""
-    if getattr(server_args, "enable_breakable_cuda_graph", False):
+    if _setting(server_args, "graph.enable_breakable_cuda_graph"):
         return "breakable"
-    config = getattr(server_args, "cuda_graph_config", None)
-    backend = getattr(getattr(config, "decode", None), "backend", None)
+    backend = attribute(_setting(server_args, "graph.cuda_graph_config"), "decode.backend")
     return None if backend is None else str(getattr(backend, "value", backend)).lower()
+
+
+def _setting(server_args: Any, path: str) -> Any:
+    """A setting as the server resolved it, None if there is none of this name. From 0.5.19 on the arguments
+    stay as the user gave them, and what counts is in the process's context, at `path`."""
+    try:
+        resolved = importlib.import_module("sglang.srt.runtime_context").get_exec()
+    except (ImportError, AttributeError, ValueError):  # an earlier release, or nothing is published yet
+        resolved = None
+    found = attribute(resolved, path)
+    return attribute(server_args, path.rpartition(".")[2]) if found is None else found
