@@ -16,6 +16,7 @@ from sglang.srt.layers.attention.registry import IMPLEMENTATIONS
 TOPK = 2048  # index_topk of DeepSeek-V3.2
 DRAFT_TOKENS = 4  # rows of a request in the expanded modes
 INPUT_SETS = 4  # rotated between calls
+SPREAD = 16  # a sequence is up to a 16th shorter than the longest of its batch
 READS = IMPLEMENTATIONS["triton"].reads  # what layout indirect generates: what a server on a GPU reads
 
 
@@ -57,10 +58,23 @@ class BenchCase:
         return self.shape.table_bytes
 
     @property
+    def mean_len(self) -> int:
+        """Of the rows: max_len, less what `BenchInputs` takes from all sequences of a batch but one."""
+        return self.max_len - (self.context // SPREAD - 1) * (self.bs - 1) // (2 * self.bs)
+
+    @property
     def set_bytes(self) -> int:
-        """One set of metadata, up to max_len."""
-        rows, paged = self.shape.rows, -(-self.max_len // self.page_size) if self.page_size > 1 else 0
-        return self.length_bytes + 4 * rows * (self.max_len + paged)
+        """One set of metadata, every row up to max_len: what a copy moves, which knows no row's length."""
+        return self._set_bytes(self.max_len)
+
+    @property
+    def live_set_bytes(self) -> int:
+        """One set of metadata, every row up to its own length."""
+        return self._set_bytes(self.mean_len)
+
+    def _set_bytes(self, cols: int) -> int:
+        paged = -(-cols // self.page_size) if self.page_size > 1 else 0
+        return self.length_bytes + 4 * self.shape.rows * (cols + paged)
 
     @property
     def length_bytes(self) -> int:
@@ -70,8 +84,8 @@ class BenchCase:
 
     @property
     def generate_bytes(self) -> int:
-        """The token table read once, one set written."""
-        return self.set_bytes + 4 * self.bs * self.max_len
+        """The live tokens read once, one set written."""
+        return self.live_set_bytes + 4 * self.bs * self.mean_len
 
     @property
     def indirect_bytes(self) -> int:
@@ -120,7 +134,7 @@ class BenchInputs:
         self, pool: int, generator: torch.Generator, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # [bs] each, int32
         case = self.case
-        shorter = torch.randint(0, case.context // 16, (case.bs,), generator=generator)
+        shorter = torch.randint(0, case.context // SPREAD, (case.bs,), generator=generator)
         shorter[torch.randint(0, case.bs, (1,), generator=generator)] = 0
         requests = 1 + torch.randperm(pool - 1, generator=generator)[: case.bs]
         accept = torch.randint(1, DRAFT_TOKENS + 1, (case.bs,), generator=generator)

@@ -35,13 +35,13 @@ class Route:
         n = case.backends
         more_lengths = (len(set(case.offsets)) - 1) * case.length_bytes
         if self.path == "recompute":
-            return case.generate_bytes + (n - 1) * case.set_bytes
+            return case.generate_bytes + (n - 1) * case.live_set_bytes
         if self.path == "indirect":
             return case.indirect_bytes
         if self.copies(case):
             return case.generate_bytes + more_lengths + (1 + n) * case.set_bytes
         if self.path == "replicate":  # straight into every backend
-            return case.generate_bytes + (n - 1) * case.set_bytes
+            return case.generate_bytes + (n - 1) * case.live_set_bytes
         return case.generate_bytes + more_lengths
 
     def held_bytes(self, case: BenchCase) -> int:
