@@ -12,7 +12,7 @@ import triton.language as tl
 
 # Scores [rows, width] held at once, in elements (float32): only long prefills need more than one chunk.
 CHUNK_ELEMENTS = 1 << 26
-TOPK_BLOCK = 4096  # scores that a program of the top-k looks at in one go
+TOPK_BLOCK = 1024  # scores that a program of the top-k looks at in one go
 TOPK_TILE = 8192  # scores that it holds in registers
 TOPK_WARPS = 16
 SCORES_WARPS = 4
@@ -35,13 +35,15 @@ def _scores_kernel(
     page_table,  # [R, W], int32
     table_rows,  # [all rows / rows_per_req], int32 or int64, or None
     lengths,  # [T], int32
-    scores,  # [T, width], float32: written below each row's length
+    scores,  # [T, >= width], float32: written below each row's length, where that is more than topk
     first_row,  # of the T rows among all
     rows_per_req,
     rows,
     heads,
     dim,
     width,
+    topk,
+    scores_stride,
     q_stride_t,
     q_stride_h,
     weights_stride,
@@ -74,7 +76,7 @@ def _scores_kernel(
         end = tl.minimum(tl.min(tl.where(other, block, stop), axis=0), stop)
         in_run = (block >= begin) & (block < end)
         longest = tl.max(tl.where(in_run, block_lengths, 0), axis=0)
-        if tl.program_id(1) * BLOCK_N < longest:
+        if (longest > topk) & (tl.program_id(1) * BLOCK_N < longest):
             live = columns < longest
             page_at = page_table + table_row.to(tl.int64) * table_stride + columns
             slots = tl.load(page_at, mask=live, other=0).to(tl.int64)
@@ -98,7 +100,8 @@ def _scores_kernel(
                 w = tl.load(index_weights + row * weights_stride + h, mask=h < heads, other=0.0)  # [H]
                 per_head = tl.maximum(per_head, 0.0) * w[None, :]
                 length = tl.minimum(tl.load(lengths + row), width)
-                tl.store(scores + row * width + columns, tl.sum(per_head, axis=1), mask=columns < length)
+                score_at = scores + row * scores_stride + columns
+                tl.store(score_at, tl.sum(per_head, axis=1), mask=columns < length)
         begin = end
 
 
@@ -111,9 +114,10 @@ def _ordered_keys(scores, columns, live):
 
 
 @triton.jit
-def _select_from_registers(scores, page_table, slots, length, topk, TILE: tl.constexpr):
-    """The top-k of a row that fits one tile: its keys stay in registers. The k-th highest is found bit by
-    bit, as the greatest number that at least k keys reach, unless fewer bits part exactly k from the rest."""
+def _kth_in_registers(scores, length, topk, TILE: tl.constexpr):
+    """Of a row that fits one tile: a key, and how many of those equal to it are among the top-k. The k-th
+    highest is found bit by bit, as the greatest number that at least k keys reach, unless fewer bits part
+    exactly k from the rest."""
     columns = tl.arange(0, TILE)
     live = columns < length
     keys = tl.where(live, _ordered_keys(scores, columns, live), 0)  # nobody asks for keys of at least 0
@@ -126,18 +130,62 @@ def _select_from_registers(scores, page_table, slots, length, topk, TILE: tl.con
         threshold = tl.where(enough, threshold | bit, threshold)
         reached = tl.where(enough, count, reached)
         bit = bit >> 1
-    pick = live & (keys >= threshold)
-    if reached != topk:  # several keys equal the k-th: the first of them
-        equal = (live & (keys == threshold)).to(tl.int32)
-        need = topk - (reached - tl.sum(equal, axis=0))
-        pick = pick & ((equal == 0) | (tl.cumsum(equal, axis=0) <= need))
-    rank = tl.cumsum(pick.to(tl.int32), axis=0) - 1
-    tl.store(slots + rank, tl.load(page_table + columns, mask=pick, other=-1), mask=pick)
+    need = topk
+    if reached != topk:  # several keys equal the k-th
+        need = topk - tl.sum((keys > threshold).to(tl.int32), axis=0)
+    return threshold, need
 
 
+@triton.jit
+def _kth_by_digits(scores, length, topk, BLOCK: tl.constexpr):
+    """The same of a row of any length, which is read four times, each time for a digit of 256 bins (a radix
+    select)."""
+    offsets = tl.arange(0, BLOCK)
+    bins = tl.arange(0, 256)
+    threshold = tl.zeros((), dtype=tl.uint32)  # the digits of the k-th highest key known so far
+    need = tl.zeros((), dtype=tl.int32) + topk  # keys still to be taken among those with these digits
+    for shift in tl.static_range(24, -1, -8):
+        histogram = tl.zeros((256,), dtype=tl.int32)
+        for start in range(0, length, BLOCK):
+            columns = start + offsets
+            alike = columns < length
+            keys = _ordered_keys(scores, columns, alike)
+            if shift < 24:
+                alike = alike & ((keys >> (shift + 8)) == (threshold >> (shift + 8)))
+            histogram += tl.histogram(((keys >> shift) & 255).to(tl.int32), 256, mask=alike)
+        above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)  # keys with a higher digit
+        found = (above < need) & (need <= above + histogram)  # true for one bin
+        threshold += tl.sum(tl.where(found, bins, 0), axis=0).to(tl.uint32) << shift
+        need -= tl.sum(tl.where(found, above, 0), axis=0)
+    return threshold, need
+
+
+@triton.jit
+def _store_selected(scores, page_table, slots, length, threshold, need, BLOCK: tl.constexpr):
+    """The slots of all keys above the threshold and of the first `need` equal to it, by position."""
+    taken = tl.zeros((), dtype=tl.int32)
+    equals = tl.zeros((), dtype=tl.int32)
+    for start in range(0, length, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        live = columns < length
+        keys = _ordered_keys(scores, columns, live)
+        above = live & (keys > threshold)
+        equal = live & (keys == threshold)
+        # Both are counted in one scan, each in its half of the integer.
+        counts = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)
+        pick = above | (equal & (equals + (counts >> 16) <= need))
+        before = tl.minimum(equals, need)
+        rank = taken + (counts & 0xFFFF) + tl.minimum(equals + (counts >> 16), need) - before - 1
+        tl.store(slots + rank, tl.load(page_table + columns, mask=pick, other=-1), mask=pick)
+        total = tl.sum(above.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)
+        equals += total >> 16
+        taken += (total & 0xFFFF) + tl.minimum(equals, need) - before
+
+
+# The stride of the scores is a multiple of 16, which the compiler then knows.
 @triton.jit(do_not_specialize=["width", "first_row", "rows_per_req"])
 def _topk_kernel(
-    scores,  # [T, width], float32
+    scores,  # [T, >= width], float32
     page_table,  # [R, W], int32
     table_rows,  # [all rows / rows_per_req], int32 or int64, or None
     lengths,  # [T], int32
@@ -145,6 +193,7 @@ def _topk_kernel(
     first_row,  # of the T rows among all
     rows_per_req,
     width,
+    scores_stride,
     table_stride,
     topk,
     padding_slot,
@@ -152,54 +201,25 @@ def _topk_kernel(
     TILE: tl.constexpr,
 ):
     """One program: one row. Finds the k-th highest score, then writes the slots of all scores above it and
-    of the first ones equal to it, in the order of their positions. A row of more than TILE columns is read
-    again and again, so its k-th score is found in four passes, each a digit of 256 bins (a radix select)."""
+    of the first ones equal to it, in the order of their positions."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(lengths + row), width)
     page_table += _table_row(table_rows, row, first_row, rows_per_req) * table_stride
-    scores += row * width
+    scores += row * scores_stride
     slots += row * topk
-    offsets = tl.arange(0, BLOCK)
     if length <= topk:
         for start in range(0, topk, BLOCK):
-            columns = start + offsets
+            columns = start + tl.arange(0, BLOCK)
             page = tl.load(page_table + columns, mask=columns < length, other=padding_slot)
             tl.store(slots + columns, page, mask=columns < topk)
-    elif length <= TILE // 2:
-        _select_from_registers(scores, page_table, slots, length, topk, TILE // 2)
-    elif length <= TILE:
-        _select_from_registers(scores, page_table, slots, length, topk, TILE)
     else:
-        bins = tl.arange(0, 256)
-        threshold = tl.zeros((), dtype=tl.uint32)  # the digits of the k-th highest key known so far
-        need = tl.zeros((), dtype=tl.int32) + topk  # keys still to be taken among those with these digits
-        for shift in tl.static_range(24, -1, -8):
-            histogram = tl.zeros((256,), dtype=tl.int32)
-            for start in range(0, length, BLOCK):
-                columns = start + offsets
-                alike = columns < length
-                keys = _ordered_keys(scores, columns, alike)
-                if shift < 24:
-                    alike = alike & ((keys >> (shift + 8)) == (threshold >> (shift + 8)))
-                histogram += tl.histogram(((keys >> shift) & 255).to(tl.int32), 256, mask=alike)
-            above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)  # keys with a higher digit
-            found = (above < need) & (need <= above + histogram)  # true for one bin
-            threshold += tl.sum(tl.where(found, bins, 0), axis=0).to(tl.uint32) << shift
-            need -= tl.sum(tl.where(found, above, 0), axis=0)
-        taken = tl.zeros((), dtype=tl.int32)
-        equals = tl.zeros((), dtype=tl.int32)
-        for start in range(0, length, BLOCK):
-            columns = start + offsets
-            live = columns < length
-            keys = _ordered_keys(scores, columns, live)
-            equal = (live & (keys == threshold)).to(tl.int32)
-            first_equals = (equal > 0) & (equals + tl.cumsum(equal, axis=0) <= need)
-            pick = (live & (keys > threshold)) | first_equals
-            picked = pick.to(tl.int32)
-            rank = taken + tl.cumsum(picked, axis=0) - 1
-            tl.store(slots + rank, tl.load(page_table + columns, mask=pick, other=-1), mask=pick)
-            taken += tl.sum(picked, axis=0)
-            equals += tl.sum(equal, axis=0)
+        if length <= TILE // 2:
+            threshold, need = _kth_in_registers(scores, length, topk, TILE // 2)
+        elif length <= TILE:
+            threshold, need = _kth_in_registers(scores, length, topk, TILE)
+        else:
+            threshold, need = _kth_by_digits(scores, length, topk, BLOCK)
+        _store_selected(scores, page_table, slots, length, threshold, need, BLOCK)
 
 
 def select_topk(
@@ -226,7 +246,7 @@ def select_topk(
     if width == 0:
         return slots.fill_(padding_slot)
     step = max(1, CHUNK_ELEMENTS // width)
-    scores = torch.empty((min(rows, step), width), dtype=torch.float32, device=q_index.device)
+    scores = torch.empty((min(rows, step), -(-width // 16) * 16), dtype=torch.float32, device=q_index.device)
     # Rows of a request share a program's keys; where rows are few, more programs count for more.
     shared = table_rows is not None
     block_t = max(1, min(MAX_BLOCK_T, triton.next_power_of_2(rows) // FILLING_ROWS)) if shared else 1
@@ -253,6 +273,8 @@ def select_topk(
             heads,
             dim,
             width,
+            topk,
+            scores.stride(0),
             q_index.stride(0),
             q_index.stride(1),
             index_weights.stride(0),
@@ -275,6 +297,7 @@ def select_topk(
             first,
             rows_per_req or 1,
             width,
+            scores.stride(0),
             table.stride(0),
             topk,
             padding_slot,

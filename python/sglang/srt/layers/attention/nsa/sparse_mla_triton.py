@@ -108,6 +108,13 @@ def _sparse_mla_kernel(
     in_h, in_c, in_r = h < heads, c < latent, r < rope
     topk_slots += row * slots_stride
 
+    q_at = q_nope + row * nope_stride_t + h[:, None] * nope_stride_h
+    q_c = tl.load(q_at + c[None, :], mask=in_h[:, None] & in_c[None, :], other=0.0)
+    if PARTS == 2:
+        q_other = tl.load(q_at + other_c[None, :], mask=in_h[:, None], other=0.0)
+    q_r_at = q_rope + row * rope_stride_t + h[:, None] * rope_stride_h + r[None, :]
+    q_r = tl.load(q_r_at, mask=in_h[:, None] & in_r[None, :], other=0.0)
+
     # Where the split's last slot is: what follows is not looked at.
     begin = split * split_size
     stop = tl.minimum(begin + split_size, topk)
@@ -118,19 +125,12 @@ def _sparse_mla_kernel(
         end = tl.maximum(end, tl.max(tl.where(used, candidates + 1, begin), axis=0))
     last = tl.load(topk_slots + end - 1, mask=end > begin, other=0)
 
-    q_at = q_nope + row * nope_stride_t + h[:, None] * nope_stride_h
-    q_c = tl.load(q_at + c[None, :], mask=in_h[:, None] & in_c[None, :], other=0.0)
-    if PARTS == 2:
-        q_other = tl.load(q_at + other_c[None, :], mask=in_h[:, None], other=0.0)
-    q_r_at = q_rope + row * rope_stride_t + h[:, None] * rope_stride_h + r[None, :]
-    q_r = tl.load(q_r_at, mask=in_h[:, None] & in_r[None, :], other=0.0)
-
     maximum = tl.full((BLOCK_H,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_H,), dtype=tl.float32)
     mixed = tl.zeros((BLOCK_H, BLOCK_C), dtype=tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        slots = tl.load(topk_slots + n, mask=n < end, other=-1)
+    n = begin + tl.arange(0, BLOCK_N)
+    slots = tl.load(topk_slots + n, mask=n < end, other=-1)
+    for _ in range(begin, end, BLOCK_N):
         live = slots >= 0
         # Where there is none another of the row is read: its keys are finite, their weight is exactly zero.
         kv_at = kv + tl.where(live, slots, last).to(tl.int64)[:, None] * kv_stride
@@ -138,6 +138,8 @@ def _sparse_mla_kernel(
         if PARTS == 2:
             k_other = tl.load(kv_at + other_c[None, :])
         k_r = _load_columns(kv_at + latent + r[None, :], in_r, WHOLE)
+        n += BLOCK_N
+        slots = tl.load(topk_slots + n, mask=n < end, other=-1)  # so the next keys do not wait for them
         scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
         if PARTS == 2:
             scores = tl.dot(q_other, tl.trans(k_other), scores, input_precision="ieee")
