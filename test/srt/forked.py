@@ -1,7 +1,8 @@
 """Processes that have imported torch and the server already: that would take most of a test's time.
 
-They are forked from one that has done nothing else. It has not imported sgl_kernel: where a process looks for
-that and its libraries is what the environment of that process says.
+They are forked from one that has done nothing else, and a server's scheduler from its HTTP process. None has
+imported sgl_kernel: where a process looks for that and its libraries is what the environment of that process
+says.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["sglang.srt.entrypoints.http_process"])
+_context.set_forkserver_preload(
+    [
+        "sglang.srt.entrypoints.http_process",
+        "sglang.srt.managers.scheduler_runner",
+        "sglang.srt.managers.worker_factory",
+        "transformers.tokenization_utils_tokenizers",
+    ]
+)
 
 
 @atexit.register  # after multiprocessing's own, so before it: that waits for all that still run
@@ -71,9 +79,12 @@ def run_code(code: str, path: Sequence[str]) -> None:
 
 
 def run_server(argv: Sequence[str]) -> None:
-    """As `python -m sglang.launch_server`."""
+    """As `python -m sglang.launch_server`; its scheduler is forked too where there is no CUDA to lose."""
     from sglang.launch_server import main
+    from sglang.srt.entrypoints import scheduler_process
 
+    if "cuda" not in argv:
+        scheduler_process.START_METHOD = "fork"
     sys.argv = ["sglang.launch_server", *argv]
     sys.exit(main())
 

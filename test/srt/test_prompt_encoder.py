@@ -18,8 +18,8 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
 )
 from sglang.srt.managers.prompt_encoder import FIRST_LOOK, PIECE, PromptEncoder
-from sglang.srt.managers.scheduler_runner import load_tokenizer
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.tokenizer import load_tokenizer
 
 LONGEST = 100  # tokens of a prompt
 LONGEST_TOKEN = "x" * 5000

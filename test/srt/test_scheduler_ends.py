@@ -15,9 +15,9 @@ from sglang.srt.managers.io_struct import (
     AbortReq,
 )
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.managers.scheduler_runner import load_tokenizer
 from sglang.srt.managers.stop_checker import StopChecker
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.tokenizer import load_tokenizer
 
 
 def token_at(i: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from forked import ForkedProcess, run_code
 from sglang.srt.entrypoints import scheduler_process
 from sglang.srt.entrypoints.scheduler_process import SchedulerProcess
 from sglang.srt.managers.heartbeat import HeartbeatSender
@@ -118,6 +120,26 @@ def test_serves_until_it_cannot(start: Any, dummy_model: Path) -> None:
     assert "ValidationError" in failure.message
     peer.process.join(10)
     assert peer.process.exitcode == 1
+
+
+IMPORTED = """
+import sys
+from sglang import Engine
+
+with Engine(model_path={model!r}, device="cpu", max_total_tokens=1024, **{steps}) as engine:
+    engine.generate("x", {{"max_new_tokens": 8}})
+print("imported:", {{"torch._dynamo", "sympy"}} & sys.modules.keys())
+"""
+
+
+def test_no_compiler_is_imported(dummy_model: Path, tmp_path: Path) -> None:
+    """Bug: modules whose weights wait for the loader were made by way of the meta device, whose operations
+    import TorchDynamo and sympy: 3 s of every start."""
+    steps = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
+    code = IMPORTED.format(model=str(dummy_model), steps=steps)
+    process = ForkedProcess(run_code, code, sys.path, env=os.environ, log=tmp_path / "log")
+    assert process.wait(60) == 0
+    assert "imported: set()" in (tmp_path / "log").read_text()
 
 
 def test_a_dropped_link_does_not_wait_for_a_reader(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import sglang.srt.tokenizer
+
 WORDS = keyword.kwlist
 MIN_SHAREGPT_TOKENS = 2  # of a prompt and of its reply; shorter ones are left out, as SGLang does
 
@@ -158,6 +160,4 @@ def _in_template(prompt: str | list[int], tokenizer: Any | None) -> str:
 def load_tokenizer(name: str | None) -> Any | None:
     if name is None:
         return None
-    from transformers import AutoTokenizer  # seconds to import, and not always needed
-
-    return AutoTokenizer.from_pretrained(name)
+    return sglang.srt.tokenizer.load_tokenizer(name, local_files_only=False)

@@ -9,9 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.arguments import flag, unknown_names
 from sglang.srt.entrypoints.choice import Choice
@@ -30,9 +28,12 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_link import LocalLink
-from sglang.srt.managers.scheduler_runner import load_tokenizer
 from sglang.srt.managers.worker_factory import create_worker
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Answer = dict[str, Any]  # {"text", "output_ids", "meta_info"}
 

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from transformers import AutoTokenizer
 
 from sglang.srt.entrypoints.connection import ACCEPTED_AT_ONCE, BoundedProtocol, max_connections
 from sglang.srt.entrypoints.http_server import build_app
@@ -26,6 +25,7 @@ from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.metrics import ServerMetrics
 from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def listen(args: ServerArgs) -> socket.socket:
 def _load_tokenizer(args: ServerArgs) -> Any:
     path = args.tokenizer_path
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return load_tokenizer(path)
     except Exception as error:  # the library raises all kinds where a file is wrong
         from sglang.srt.model_config import ModelConfig  # imports torch
 

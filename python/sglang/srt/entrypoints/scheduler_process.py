@@ -23,15 +23,16 @@ logger = logging.getLogger(__name__)
 # From the parent. Not SIGUSR1 and SIGUSR2: LLVM takes these where Triton compiles a kernel.
 END_SIGNAL = signal.SIGRTMIN + 1
 STACK_SIGNAL = signal.SIGRTMIN + 2  # writes where each thread stands to stderr
+START_METHOD = "spawn"  # CUDA does not survive a fork
 STOP_TIMEOUT = 10.0  # seconds before a process that was asked to end is killed
 ASK_AGAIN = 2.0  # seconds
 
 
 class SchedulerProcess:
-    """The scheduler, in a process spawned from this one."""
+    """The scheduler, in a process started from this one."""
 
     def __init__(self, server_args: ServerArgs, port_args: PortArgs) -> None:
-        self._process = multiprocessing.get_context("spawn").Process(
+        self._process = multiprocessing.get_context(START_METHOD).Process(
             target=_scheduler_main, args=(server_args, port_args), name="sglang-scheduler"
         )
 

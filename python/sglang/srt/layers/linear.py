@@ -20,6 +20,9 @@ class Layer(nn.Module):
 class Linear(Layer, nn.Linear):
     products = ("weight",)  # what `lay_out_for_cpu` may lay out
 
+    def reset_parameters(self) -> None:
+        """Left to the loader. (`skip_init` goes by the meta device, which imports sympy.)"""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]"""
         return F.linear(x, self.weight, self.bias)
@@ -34,7 +37,7 @@ def linear(
     device: torch.device | str,
 ) -> Linear:
     """An uninitialised `Linear`: filling it twice would double the start-up time of a large model."""
-    return nn.utils.skip_init(Linear, in_features, out_features, bias=bias, dtype=dtype, device=device)
+    return Linear(in_features, out_features, bias=bias, dtype=dtype, device=device)
 
 
 def multiply_heads(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,11 +6,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import SchedulerReady
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHORT_TEXTS = 1 << 10  # characters of a whole request that are encoded at once on the event loop
 PIECE = 1 << 16  # characters in one call of a thread

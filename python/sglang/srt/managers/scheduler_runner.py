@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING
 
 from sglang.srt.managers.heartbeat import HeartbeatSender
 from sglang.srt.managers.io_struct import SchedulerFailed
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_link import ParentDied, ZmqLink
 from sglang.srt.server_args import PortArgs, ServerArgs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sglang.srt.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-def load_tokenizer(tokenizer_path: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer  # slow to import, and not needed by whoever brings a tokenizer
-
-    return AutoTokenizer.from_pretrained(tokenizer_path)
 
 
 def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:

@@ -11,12 +11,11 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import zmq
 import zmq.asyncio
-from transformers import PreTrainedTokenizerBase
 
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.detokenizer import OutputText
@@ -41,6 +40,9 @@ from sglang.srt.managers.prompt_encoder import PromptEncoder
 from sglang.srt.metrics import ABORTED, ServerMetrics
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Event", "Generation", "TokenizerManager"]
 

@@ -227,7 +227,9 @@ class DeepseekV32Model(Layer):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         options = {"dtype": dtype, "device": device}
-        self.embed_tokens = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.hidden_size, **options)
+        # uninitialised; `skip_init` goes by the meta device, which imports TorchDynamo
+        table = torch.empty(config.vocab_size, config.hidden_size, **options)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(
             DeepseekV32DecoderLayer(config, i, i, **options) for i in range(config.num_hidden_layers)
         )
