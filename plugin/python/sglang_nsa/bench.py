@@ -20,7 +20,7 @@ from .counters import Counters
 from .draft_metadata import DraftMetadata
 from .family import Installed, find_installed
 from .own_path import Batch
-from .real_classes import Sizes, StaticBuffers, build_wrapper, make_batch, token_table
+from .real_classes import SERVER_ARGS, Sizes, StaticBuffers, build_wrapper, make_batch, token_table
 from .settings import LAYOUTS, Settings
 from .verification import difference
 
@@ -69,7 +69,8 @@ class Case:
         buffers = StaticBuffers(self.installed, max(sizes), self.device)
         draft = None
         if layout is not None:
-            draft = DraftMetadata(self.installed, Settings(layout=layout), wrapper, None, Counters())
+            settings = Settings(layout=layout)
+            draft = DraftMetadata(self.installed, settings, wrapper, SERVER_ARGS, Counters())
         before = _allocated(self.device)
         if draft is None:
             self.installed.init_state(wrapper, max(sizes), max(sizes))

@@ -16,6 +16,8 @@ import torch
 from .family import Installed
 from .own_path import Batch, decode_batch
 
+SERVER_ARGS = SimpleNamespace(enable_two_batch_overlap=False)  # as far as the plugin asks
+
 
 @dataclass(frozen=True)
 class Sizes:
