@@ -45,7 +45,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
               "Tensor[] context_lens, Tensor(a!)[] schedules, int[] atoms, int segment, bool remainder_last, "
               "bool segment_major");
 
-  m.def("nsa_metadata_replicate_run(Tensor(a!) generate_plan, Tensor(b!) copy_plan, int max_len) -> ()");
+  m.def("metadata_replay_method() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
@@ -70,15 +70,12 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("paged_mqa_schedule_plan", sgl_kernel::paged_mqa_schedule_plan);
   m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
   m.impl("paged_mqa_schedule_once", sgl_kernel::paged_mqa_schedule_once);
-  m.impl("nsa_metadata_replicate_run", sgl_kernel::nsa_metadata_replicate_run);
+  m.impl("metadata_replay_method", sgl_kernel::metadata_replay_method);
 }
 
 // What is called once a step is registered for the key that a plan, a tensor on the CPU, is dispatched to first: else
 // torch's fallback of that key stands in between.
 STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, AutogradCPU, m) {
-  m.impl("fused_metadata_copy_run", sgl_kernel::fused_metadata_copy_run);
-  m.impl("nsa_metadata_generate_run", sgl_kernel::nsa_metadata_generate_run);
-  m.impl("nsa_metadata_replicate_run", sgl_kernel::nsa_metadata_replicate_run);
   m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
 }
 

@@ -77,24 +77,40 @@ inline const PlanHeader* plan_header(AtenTensorHandle plan, int64_t size) {
   return reinterpret_cast<uintptr_t>(data) % alignof(PlanHeader) == 0 ? static_cast<PlanHeader*>(data) : nullptr;
 }
 
+inline bool is_plan_of(const PlanHeader& header, uint64_t magic) {
+  return header.magic == magic && header.device_type == backend::device_type();
+}
+
+template <typename Launch>
+PlanView<Launch> view_plan(const PlanHeader* header) {
+  static_assert(alignof(Launch) <= alignof(PlanHeader) && sizeof(PlanHeader) % alignof(Launch) == 0);
+  const Launch* const first = reinterpret_cast<const Launch*>(header + 1);
+  return {header, first, first + header->num_launches};
+}
+
 // Cheap enough for every run: refuses what make_plan did not make for this operator and device. Launch::counts_fit says
 // whether the counts of a parameter block lie within its arrays.
 template <typename Launch>
 PlanView<Launch> open_plan(const char* op, AtenTensorHandle plan, uint64_t magic) {
-  static_assert(alignof(Launch) <= alignof(PlanHeader) && sizeof(PlanHeader) % alignof(Launch) == 0);
   int64_t size = 0;
   check_shim(aoti_torch_get_numel(plan, &size), "a size");
   const PlanHeader* const header = plan_header(plan, size);
   constexpr int64_t kSize = static_cast<int64_t>(sizeof(Launch));
   const int64_t payload = size - static_cast<int64_t>(sizeof(PlanHeader));
-  if (header != nullptr && header->magic == magic && header->device_type == backend::device_type() &&
-      payload % kSize == 0 && header->num_launches == payload / kSize) {
-    const Launch* const first = reinterpret_cast<const Launch*>(header + 1);
-    const PlanView<Launch> view{header, first, first + header->num_launches};
+  if (header != nullptr && is_plan_of(*header, magic) && payload % kSize == 0 &&
+      header->num_launches == payload / kSize) {
+    const PlanView<Launch> view = view_plan<Launch>(header);
     if (std::all_of(view.begin, view.end, [](const Launch& launch) { return launch.counts_fit(); })) return view;
   }
   reject(op, {"plan"}, std::string("a plan made by this operator for ") + backend::device_name(),
          "a tensor of " + std::to_string(size) + " elements that is none");
+}
+
+// The same of a plan whose owner gives its address: that it is whole was seen to when it was made.
+template <typename Launch>
+PlanView<Launch> open_plan(const char* op, const PlanHeader* plan, uint64_t magic) {
+  if (is_plan_of(*plan, magic)) return view_plan<Launch>(plan);
+  reject(op, {"plan"}, std::string("a plan made by this operator for ") + backend::device_name(), "another");
 }
 
 }  // namespace sgl_kernel

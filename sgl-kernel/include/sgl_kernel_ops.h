@@ -12,7 +12,7 @@ namespace sgl_kernel {
 
 // Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another
 // number.
-constexpr int64_t kAbiVersion = 6;
+constexpr int64_t kAbiVersion = 7;
 
 using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 
@@ -58,7 +58,7 @@ BoxedOperator paged_mqa_schedule_plan;
 BoxedOperator paged_mqa_schedule_run;
 BoxedOperator paged_mqa_schedule_once;
 
-// Both: a generation, then a copy of what it wrote.
-BoxedOperator nsa_metadata_replicate_run;
+// A generation, a copy, or both, as a Python builtin: the address of its definition.
+BoxedOperator metadata_replay_method;
 
 }  // namespace sgl_kernel

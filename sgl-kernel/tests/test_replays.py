@@ -13,19 +13,19 @@ POISON = -77
 class Rig:
     """One staging set and five backends of DECODE, each a cache_seqlens and a page table."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         def full(*size: int) -> torch.Tensor:
-            return torch.full(size, POISON, dtype=torch.int32)
+            return torch.full(size, POISON, dtype=torch.int32, device=device)
 
-        self.seq_lens = torch.tensor([5, 70, 1], dtype=torch.int32)
+        self.seq_lens = torch.tensor([5, 70, 1], dtype=torch.int32, device=device)
         self.staging = sgl_kernel.MetadataDestination(cache_seqlens=full(BS), page_table_1=full(BS, WIDTH))
         self.backends = [(full(BS), full(BS, WIDTH)) for _ in range(BACKENDS)]
-        self.req_to_token = torch.arange(4 * WIDTH, dtype=torch.int32).view(4, WIDTH)
+        self.req_to_token = torch.arange(4 * WIDTH, dtype=torch.int32, device=device).view(4, WIDTH)
         self.generate = sgl_kernel.NSAMetadataGeneratePlan(
             mode=0,
             bs=BS,
             seq_lens=self.seq_lens,
-            req_pool_indices=torch.tensor([2, 1, 3], dtype=torch.int32),
+            req_pool_indices=torch.tensor([2, 1, 3], dtype=torch.int32, device=device),
             req_to_token=self.req_to_token,
             destinations=[self.staging],
             page_size=64,
@@ -65,8 +65,8 @@ def runs(rig: Rig) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("max_len", [-1, 0, 70, WIDTH])
 @pytest.mark.parametrize("name", ["generate", "copy", "both"])
-def test_a_bound_replay_does_what_the_plans_do(name: str, max_len: int) -> None:
-    rig = Rig()
+def test_a_bound_replay_does_what_the_plans_do(name: str, max_len: int, device: str) -> None:
+    rig = Rig(device)
     results = []
     for run in runs(rig)[name]:
         rig.poison()
@@ -80,8 +80,8 @@ def test_a_bound_replay_does_what_the_plans_do(name: str, max_len: int) -> None:
                 assert torch.equal(table[row, :length], rig.req_to_token[request, :length])
 
 
-def test_a_replay_keeps_its_plans_alive() -> None:
-    rig = Rig()
+def test_a_replay_keeps_its_plans_alive(device: str) -> None:
+    rig = Rig(device)
     expected, replay = rig.generate, sgl_kernel.bind_generate_and_copy(rig.generate, rig.copy)
     expected.run()
     backends = rig.backends
@@ -116,7 +116,16 @@ def test_nothing_is_generated_where_the_copy_is_refused() -> None:
 
 def test_plans_in_each_others_place_are_refused() -> None:
     rig = Rig()
-    run = torch.ops.sgl_kernel_nsa_cpu.nsa_metadata_replicate_run
     for generate, copy in ((rig.copy, rig.generate), (rig.generate, rig.generate), (rig.copy, rig.copy)):
         with pytest.raises(RuntimeError, match="plan: expected a plan made by this operator"):
-            run(generate._plan, copy._plan, -1)
+            sgl_kernel.bind_generate_and_copy(generate, copy)(-1)
+
+
+@pytest.mark.parametrize(("max_len", "error"), [("70", TypeError), (7.0, TypeError), (2**70, OverflowError)])
+def test_a_bound_that_is_no_number_is_refused(max_len: object, error: type[Exception]) -> None:
+    rig = Rig()
+    rig.poison()
+    poisoned = rig.contents()
+    with pytest.raises(error):
+        sgl_kernel.bind_generate(rig.generate)(max_len)
+    assert all(map(torch.equal, rig.contents(), poisoned))

@@ -52,7 +52,7 @@ def test_results_and_pictures(tiny, tmp_path, capsys):
         recompute = by_route["DECODE", n, "recompute", "-", "torch"]
         assert recompute["ratio"] == 1
         assert recompute["launches"] > 10 * n
-        # One operator, which launches twice; on a GPU the profiler counts both.
+        # One call, which launches twice; on a GPU the profiler counts both.
         assert by_route["DECODE", n, "replicate", "fused", "fused"]["launches"] == 1
         assert by_route["DECODE", n, "replicate", "direct", "fused"]["launches"] == 1
         assert by_route["DECODE", n, "indirect", "-", "fused"]["table_bytes"] == 0

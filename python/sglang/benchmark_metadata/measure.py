@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import gc
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -106,15 +109,15 @@ def measure(call: Call, rotate: Callable[[int], None], device: torch.device, bud
 class Activity:
     """What one call did, as the profiler saw it."""
 
-    count: float  # CUDA: kernels, copies and fills; CPU: operators dispatched
+    count: float  # CUDA: kernels, copies and fills; CPU: operators dispatched, and replays of plans
     kernel_us: float | None  # sum of their durations on the GPU
 
 
 def count_activity(calls: Sequence[Call], device: torch.device) -> list[Activity]:
     """Profiles all calls in one session; events belong to the call in whose window they began."""
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with warnings.catch_warnings(), profile(activities=activities) as profiler:
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with warnings.catch_warnings(), profile(activities=kinds) as profiler:
         warnings.simplefilter("ignore")
         for i, call in enumerate(calls):
             with record_function(f"window-{i}"):
@@ -128,15 +131,32 @@ def count_activity(calls: Sequence[Call], device: torch.device) -> list[Activity
     for event in events:
         if event.name().startswith("window-") and _on_host(event):
             windows[int(event.name()[7:])] = (event.start_ns(), event.start_ns() + event.duration_ns())
-    kind = _gpu_events if cuda else _top_level_operators
-    found = sorted(kind(events))
-    return [_in_window(found, window, cuda) for window in windows]
+    found = sorted(_gpu_events(events) if cuda else _top_level_operators(events))
+    activities = [_in_window(found, window) for window in windows]
+    if cuda:
+        return activities
+    return [Activity(a.count + _count_replays(call), None) for a, call in zip(activities, calls)]
 
 
-def _in_window(found: list[tuple[int, int]], window: tuple[int, int], cuda: bool) -> Activity:
+def _in_window(found: list[tuple[int, int]], window: tuple[int, int]) -> Activity:
     durations = [duration for start, duration in found if window[0] <= start < window[1]]
-    kernel_us = sum(durations) / 1e3 / PROFILED_CALLS if cuda else None
-    return Activity(len(durations) / PROFILED_CALLS, kernel_us)
+    return Activity(len(durations) / PROFILED_CALLS, sum(durations) / 1e3 / PROFILED_CALLS)
+
+
+def _count_replays(call: Call) -> int:
+    """Calls of the kernel library's builtin, which is no operator."""
+    count = 0
+
+    def see(_frame: FrameType, event: str, function: Any) -> None:
+        nonlocal count
+        count += event == "c_call" and function.__name__ == "metadata_replay"
+
+    sys.setprofile(see)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def _on_host(event) -> bool:

@@ -34,6 +34,8 @@ class Row:
     completion_p10_us: float | None = None
     completion_p90_us: float | None = None
     enqueue_us: float | None = None  # median of the host's part
+    completion_copies: float | None = None  # completion / that of one `copy_` of bs int32, measured by turns
+    enqueue_copies: float | None = None
     gpu_us: float | None = None  # kernels' time; in_graph: of a replay less that of an empty graph
     gpu_raw_us: float | None = None  # in_graph: of a replay, nothing subtracted
     gpu_node_us: float | None = None  # in_graph: what one more such node adds to a graph
@@ -55,6 +57,11 @@ class Row:
         self.enqueue_us = round(statistics.median(timing.enqueue), 2)
         self.iterations = len(timing.completion)
 
+    def set_copies(self, one_copy: Row) -> None:
+        if self.completion_us is not None and self.enqueue_us is not None:
+            self.completion_copies = round(self.completion_us / one_copy.completion_us, 2)
+            self.enqueue_copies = round(self.enqueue_us / one_copy.enqueue_us, 2)
+
     def set_floor(self, floor_us: float) -> None:
         figure = self.gpu_us if self.device == "cuda" else self.completion_us
         if figure is not None and floor_us > 0:
@@ -66,8 +73,9 @@ class Row:
 
 _COLUMNS = (
     f"{'mode':<13} {'bs':>3} {'context':>7} {'N':>2} {'page':>4}  {'path':<9} {'copy':<9} {'generate':<8} "
-    f"{'completion us':>13} {'p10':>8} {'p90':>8} {'enqueue us':>10} {'gpu us':>8} {'launches':>8} "
-    f"{'MB moved':>9} {'tables MiB':>10} {'ratio':>7} {'floor us':>8} {'x floor':>7}"
+    f"{'completion us':>13} {'p10':>8} {'p90':>8} {'x copy_':>7} {'enqueue us':>10} {'x copy_':>7} "
+    f"{'gpu us':>8} {'launches':>8} {'MB moved':>9} {'tables MiB':>10} {'ratio':>7} "
+    f"{'floor us':>8} {'x floor':>7}"
 )
 
 
@@ -85,7 +93,8 @@ def line(row: Row) -> str:
         return start + f"skipped: {row.skipped.splitlines()[0]}"
     return start + (
         f"{_number(row.completion_us, 13)} {_number(row.completion_p10_us, 8)} "
-        f"{_number(row.completion_p90_us, 8)} {_number(row.enqueue_us, 10)} {_number(row.gpu_us, 8)} "
+        f"{_number(row.completion_p90_us, 8)} {_number(row.completion_copies, 7, 2)} "
+        f"{_number(row.enqueue_us, 10)} {_number(row.enqueue_copies, 7, 2)} {_number(row.gpu_us, 8)} "
         f"{_number(row.launches, 8, 0)} {_number(row.bytes and row.bytes / 1e6, 9, 2)} "
         f"{_number(row.table_bytes and row.table_bytes / 2**20, 10, 2)} {_number(row.ratio, 7, 2)} "
         f"{_number(row.floor_us, 8)} {_number(row.floor_ratio, 7, 2)}"

@@ -106,7 +106,8 @@ class Subject:
         methods = methods_of(route.copy, route.generator)
         self.metadata = GraphMetadata(selection, case.shape, case.offsets, device, methods, reads=READS)
         self.metadata.capture(inputs.metadata_inputs)
-        self.host_call: Callable[[], None] = lambda: self.metadata.replay(case.bs, case.max_len)
+        replay, bs, max_len = self.metadata.replay, case.bs, case.max_len
+        self.host_call: Callable[[], None] = lambda: replay(bs, max_len)
         self.call = self.host_call
         self.in_graph = self.metadata.path.in_graph
         if self.in_graph:

@@ -67,6 +67,9 @@ def _run_case(case: BenchCase, settings: Settings, bar: tqdm) -> Iterator[Row]:
         if subject.in_graph:
             _measure_graph(subject, rows[subject.route], settings)
     baseline = next((r.completion_us for r in rows.values() if r.path == "recompute"), None)
+    small_rows = _small_rows(case, device, baseline, timings[len(subjects) :])
+    for row in (*rows.values(), *small_rows.values()):
+        row.set_copies(small_rows["copy_"])
     for route in routes_of(case):
         bar.update()
         if route in skipped:
@@ -76,7 +79,8 @@ def _run_case(case: BenchCase, settings: Settings, bar: tqdm) -> Iterator[Row]:
         row.ratio = round(baseline / row.completion_us, 3) if baseline else None
         row.set_floor(_floor_us(case, row.bytes, settings))
         yield row
-    yield from _floors(case, settings, baseline, timings[len(subjects) :])
+    yield from small_rows.values()
+    yield from _bandwidth_rows(case, settings)
 
 
 def _prepare(
@@ -144,19 +148,23 @@ def _measure_graph(subject: Subject, row: Row, settings: Settings) -> None:
     row.gpu_node_us = round((graph_time_us(many, device) - raw) / (_NODES - 1), 2)
 
 
-def _floors(
-    case: BenchCase, settings: Settings, baseline: float | None, timings: Sequence[Timing]
-) -> Iterator[Row]:
-    """What no path can beat: a launch that does nothing, one small copy, the bytes at full bandwidth.
-    `timings`: of the small calls."""
-    device = settings.device
+def _small_rows(
+    case: BenchCase, device: torch.device, baseline: float | None, timings: Sequence[Timing]
+) -> dict[str, Row]:
+    """What no call beats: a launch that does nothing, one small copy."""
+    rows = {}
     for (name, (_, activity)), timing in zip(_small_calls(case.bs, device).items(), timings):
-        row = _floor(case, name, device)
+        row = rows[name] = _floor(case, name, device)
         row.set_timing(timing)
         row.launches, row.kernel_us, row.gpu_us = activity.count, activity.kernel_us, activity.kernel_us
         row.bytes = 8 * case.bs if name == "copy_" else 0
         row.ratio = round(baseline / row.completion_us, 3) if baseline else None
-        yield row
+    return rows
+
+
+def _bandwidth_rows(case: BenchCase, settings: Settings) -> Iterator[Row]:
+    """What no path can beat: its bytes at full bandwidth."""
+    device = settings.device
     for name, route in (
         ("replic/bw", Route("replicate", "fused")),
         ("direct/bw", Route("replicate", "direct")),

@@ -20,6 +20,8 @@ struct CopyExtent {
   int32_t element_size = 4;
   bool rows_expanded = false;  // only the first expanded_rows + rows_extra rows (1-D: elements)
   bool one_dimensional = true;
+
+  bool follows_run() const { return rows_expanded || cols_per > 0; }
 };
 
 struct RegionArgs {
@@ -83,24 +85,38 @@ struct CopyLaunch {
     return true;
   }
 
-  // Sets the live extents of all regions in `out`, which is params or a copy of it; returns the number of
-  // tiles.
-  uint64_t set_extents(CopyParams& out, int64_t expanded_rows, int64_t max_len) const {
+  // Sets the full extents of all regions; returns the number of tiles.
+  uint64_t set_full_extents() {
     uint64_t tiles = 0;
-    for (uint32_t r = 0; r < out.num_regions; ++r) {
-      const CopyExtent& extent = extents[r];
-      int64_t rows = extent.rows, cols = extent.cols;
-      if (extent.rows_expanded && expanded_rows >= 0) {
-        (extent.one_dimensional ? cols : rows) = expanded_rows + extent.rows_extra;
-      }
-      if (extent.cols_per > 0 && max_len >= 0) {
-        cols = max_len / extent.cols_per + (max_len % extent.cols_per != 0);
-      }
-      tiles += set_copy_extent(out.regions[r], rows, cols * extent.element_size);
-      out.regions[r].tile_end = static_cast<uint32_t>(tiles);
+    for (uint32_t r = 0; r < params.num_regions; ++r) {
+      tiles += set_copy_extent(params.regions[r], extents[r].rows, extents[r].cols * extents[r].element_size);
+      params.regions[r].tile_end = static_cast<uint32_t>(tiles);
     }
-    out.num_tiles = static_cast<uint32_t>(tiles);
+    params.num_tiles = static_cast<uint32_t>(tiles);
     return tiles;
+  }
+
+  // Sets the live extents of a run in `out`, a copy of params: few regions follow the run's integers, and the tiles of
+  // the others only move.
+  void set_live_extents(CopyParams& out, int64_t expanded_rows, int64_t max_len) const {
+    uint32_t full_end = 0, fewer = 0;  // tiles than in full
+    for (uint32_t r = 0; r < params.num_regions; ++r) {
+      const CopyExtent& extent = extents[r];
+      const uint32_t full = params.regions[r].tile_end - full_end;
+      full_end = params.regions[r].tile_end;
+      if (extent.follows_run()) {
+        int64_t rows = extent.rows, cols = extent.cols;
+        if (extent.rows_expanded && expanded_rows >= 0) {
+          (extent.one_dimensional ? cols : rows) = expanded_rows + extent.rows_extra;
+        }
+        if (extent.cols_per > 0 && max_len >= 0) {
+          cols = max_len / extent.cols_per + (max_len % extent.cols_per != 0);
+        }
+        fewer += full - static_cast<uint32_t>(set_copy_extent(out.regions[r], rows, cols * extent.element_size));
+      }
+      out.regions[r].tile_end = full_end - fewer;
+    }
+    out.num_tiles = params.num_tiles - fewer;
   }
 };
 

@@ -89,7 +89,7 @@ std::vector<CopyLaunch> pack(const std::vector<RegionArgs>& regions) {
     }
   }
   for (CopyLaunch& launch : launches) {
-    const uint64_t tiles = launch.set_extents(launch.params, -1, -1);
+    const uint64_t tiles = launch.set_full_extents();
     if (tiles > static_cast<uint64_t>(std::numeric_limits<int32_t>::max())) {
       reject(kOp, {"regions"}, "at most 2147483647 tiles of 4096 bytes in one launch", tiles);
     }
@@ -159,10 +159,14 @@ CopyRun open_copy_run(AtenTensorHandle plan, int64_t expanded_rows, int64_t max_
   return checked_run(open_plan<CopyLaunch>(kOp, plan, kMagic), expanded_rows, max_len);
 }
 
+CopyRun open_copy_run(const PlanHeader* plan, int64_t expanded_rows, int64_t max_len) {
+  return checked_run(open_plan<CopyLaunch>(kOp, plan, kMagic), expanded_rows, max_len);
+}
+
 void CopyRun::enqueue(const backend::Stream& stream) const {
   for (const CopyLaunch* launch = plan.begin; launch != plan.end; ++launch) {
     CopyParams params = launch->params;  // a plan is never written: runs on several threads may share it
-    launch->set_extents(params, expanded_rows, max_len);
+    launch->set_live_extents(params, expanded_rows, max_len);
     backend::launch_copy(params, stream);
   }
 }

@@ -181,7 +181,7 @@ void copy_sets(const char* op, const Field* const* fields, int num_fields, const
     int next = 0;
     launch.add(regions[r], next);
   }
-  launch.set_extents(launch.params, -1, -1);
+  launch.set_full_extents();
   backend::launch_copy(launch.params, backend::Stream(device_index));
 }
 

@@ -330,6 +330,10 @@ GenerateRun open_generate_run(AtenTensorHandle plan, int64_t max_len) {
   return checked_run(open_plan<GenerateParams>(kOp, plan, kMagic), max_len);
 }
 
+GenerateRun open_generate_run(const PlanHeader* plan, int64_t max_len) {
+  return checked_run(open_plan<GenerateParams>(kOp, plan, kMagic), max_len);
+}
+
 void GenerateRun::enqueue(const backend::Stream& stream) const {
   for (const GenerateParams* launch = plan.begin; launch != plan.end; ++launch) {
     backend::launch_generate(*launch, table_grid(*launch, plan.header->device_index, max_len), stream);

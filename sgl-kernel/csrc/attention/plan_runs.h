@@ -14,6 +14,7 @@ struct GenerateRun {
   void enqueue(const backend::Stream& stream) const;
 };
 GenerateRun open_generate_run(AtenTensorHandle plan, int64_t max_len);
+GenerateRun open_generate_run(const PlanHeader* plan, int64_t max_len);
 
 struct CopyRun {
   PlanView<CopyLaunch> plan;
@@ -22,5 +23,6 @@ struct CopyRun {
   void enqueue(const backend::Stream& stream) const;
 };
 CopyRun open_copy_run(AtenTensorHandle plan, int64_t expanded_rows, int64_t max_len);
+CopyRun open_copy_run(const PlanHeader* plan, int64_t expanded_rows, int64_t max_len);
 
 }  // namespace sgl_kernel

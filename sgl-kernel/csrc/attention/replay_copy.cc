@@ -88,7 +88,7 @@ void copy_fields(const char* op, const ReplayFields& plan, const Handle* sources
     int next = 0;
     if (regions[f].extent.cols > 0) launch.add(regions[f], next);
   }
-  launch.set_extents(launch.params, -1, -1);
+  launch.set_full_extents();
   backend::launch_copy(launch.params, backend::Stream(device_index));
 }
 

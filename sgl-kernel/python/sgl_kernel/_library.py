@@ -20,7 +20,7 @@ from . import _jit
 logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ("cpu", "cuda")
-ABI_VERSION = 6  # kAbiVersion of include/sgl_kernel_ops.h
+ABI_VERSION = 7  # kAbiVersion of include/sgl_kernel_ops.h
 LIBRARY_DIR_VARIABLE = "SGL_KERNEL_LIBRARY_DIR"
 PLANNED_OPERATORS = (
     "decode_inputs",
@@ -30,7 +30,6 @@ PLANNED_OPERATORS = (
 )
 WRITING_OPERATORS = (
     *(f"{name}_{kind}" for name in PLANNED_OPERATORS for kind in ("run", "once")),
-    "nsa_metadata_replicate_run",
     *(f"replay_copy_run_{sources}" for sources in range(1, 13)),
     "replay_copy_once",
     "fused_metadata_copy",

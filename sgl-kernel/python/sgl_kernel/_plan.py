@@ -41,6 +41,11 @@ class Plan:
         else:
             self._run(self._plan, *integers)
 
+    @property
+    def address(self) -> int:
+        """Of the packed plan, which lives as long as this object."""
+        return self._plan.data_ptr()
+
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} holds addresses of tensors: it cannot be copied or pickled")
 

@@ -1,4 +1,4 @@
-"""What a replay calls: an operator bound to its plan, so that a step pays for one call and nothing around it.
+"""What a replay calls: plans bound into one builtin, so that a step pays for one call and nothing around it.
 
 Each function returns a callable that takes `max_len`, a bound of the row lengths (-1: the full extent), and
 keeps the plans and their tensors alive. `plan.run()` does the same and is what `torch.compile` understands.
@@ -6,46 +6,43 @@ keeps the plans and their tensors alive. `plan.run()` does the same and is what 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
 
-from ._library import entry
+from ._library import entry, operator
 from .fused_metadata import FusedMetadataCopyPlan, NSAMetadataGeneratePlan
 from .replay_copy import ReplayCopyPlan
 
 Replay = Callable[[int], None]
 
+_new_builtin = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.py_object)(
+    ("PyCFunction_NewEx", ctypes.pythonapi)
+)  # of a method's definition, its `self` and its module's name
+
 
 def bind_generate(generate: NSAMetadataGeneratePlan) -> Replay:
     """A generation. It is faster with a bound of the lengths, and does not depend on it."""
-    run, plan = entry(generate.device_type, "nsa_metadata_generate_run"), generate._plan
-
-    def replay(max_len: int, _alive: object = generate) -> None:
-        run(plan, max_len)
-
-    return replay
+    return _bind(generate, None)
 
 
 def bind_copy(copy: FusedMetadataCopyPlan) -> Replay:
     """A copy. `max_len` beyond some region's extent is an error."""
-    run, plan = entry(copy.device_type, "fused_metadata_copy_run"), copy._plan
-
-    def replay(max_len: int, _alive: object = copy) -> None:
-        run(plan, -1, max_len)
-
-    return replay
+    return _bind(None, copy)
 
 
 def bind_generate_and_copy(generate: NSAMetadataGeneratePlan, copy: FusedMetadataCopyPlan) -> Replay:
     """A generation and the copy of what it wrote, in one call. `max_len` as for the copy."""
-    run = entry(generate.device_type, "nsa_metadata_replicate_run")
-    generate_plan, copy_plan = generate._plan, copy._plan
+    return _bind(generate, copy)
 
-    def replay(max_len: int, _alive: object = (generate, copy)) -> None:
-        run(generate_plan, copy_plan, max_len)
 
-    return replay
+def _bind(generate: NSAMetadataGeneratePlan | None, copy: FusedMetadataCopyPlan | None) -> Replay:
+    """A builtin function of the library (`metadata_replay.cc`) whose `self` are the plans."""
+    plans = (generate, copy)
+    addresses = (0 if plan is None else plan.address for plan in plans)
+    (device_type,) = {plan.device_type for plan in plans if plan is not None}
+    return _new_builtin(operator(device_type, "metadata_replay_method")(), (*addresses, *plans), __name__)
 
 
 def bind_replay_copy(copy: ReplayCopyPlan) -> Callable[[Sequence[torch.Tensor], int, int], None]:
