@@ -1,9 +1,9 @@
-"""How much arriving prompts slow down requests that decode, with --enable-mixed-chunk and without.
+"""How much arriving prompts slow down requests that decode, by the burst that prefill is allowed.
 
-    python benchmark/prefill_interference.py --model-path models/tiny-nsa --device cuda
+    python benchmark/prefill_interference.py --model-path models/tiny-nsa --device cuda --rates 5 50
 
 Some requests decode; their time per token is measured alone, then while prompts arrive at a fixed rate, each
-answered with one token. Both engines run in this process, one after the other.
+answered with one token. Where the rate is high enough to use up the burst, that comes first.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from profile_step import random_prompts
 from sglang import Engine
-from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+from sglang.srt.managers.prefill_budget import PrefillBudget
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
@@ -27,7 +29,8 @@ from sglang.srt.server_args import ServerArgs
 
 @dataclass
 class Measurement:
-    mixed_chunk: bool
+    burst: float | None  # --prefill-burst; None: no limit
+    rate: float  # prompts a second
     alone_ms: float  # per token, mean of the running requests
     arriving_ms: float
     ratio: float
@@ -39,11 +42,11 @@ class Measurement:
 class Load:
     """Requests that decode for as long as they are watched, and prompts beside them."""
 
-    def __init__(self, args: argparse.Namespace, mixed: bool) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         flags = ["--model-path", args.model_path, "--device", args.device, *args.server_flags]
         flags += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(args.steps)]
         flags += ["--chunked-prefill-size", str(args.chunk), "--disable-radix-cache"]
-        self.engine = Engine(server_args=ServerArgs.from_cli(flags + ["--enable-mixed-chunk"] * mixed))
+        self.engine = Engine(server_args=ServerArgs.from_cli(flags))
         self.scheduler = self.engine.scheduler
         self.sent = 0
         self.args = args
@@ -63,7 +66,10 @@ class Load:
         messages = [self.engine.link.outbox.popleft() for _ in range(len(self.engine.link.outbox))]
         return [output for message in messages for output in message.outputs]
 
-    def start(self, count: int) -> list[Req]:
+    def start(self, count: int, burst: float | None) -> list[Req]:
+        """Ends whatever there is, and starts anew."""
+        self.scheduler.handle(AbortReq(list(self.scheduler.requests)))
+        self.scheduler.prefill_budget = PrefillBudget(burst)
         for prompt in random_prompts(count, self.args.prompt_len, self.scheduler.worker.vocab_size):
             self.send(prompt, self.args.max_new_tokens)
         while len(self.scheduler.running) < count:
@@ -72,7 +78,9 @@ class Load:
             self.step()
         return list(self.scheduler.running)
 
-    def watch(self, reqs: list[Req], seconds: float, rate: float) -> tuple[float, float, list[float]]:
+    def watch(
+        self, reqs: list[Req], seconds: float, rate: float, until_overdrawn: bool = False
+    ) -> tuple[float, float, list[float]]:
         """ms per token and longest wait of `reqs`, and the ms to the first token of prompts that arrive
         `rate` times a second."""
         vocab = self.scheduler.worker.vocab_size
@@ -85,6 +93,8 @@ class Load:
             while rate and len(sent) < (now - began) * rate:
                 sent[self.send(prompts[len(sent) % len(prompts)], 1)] = now
             answered = self.step()
+            if until_overdrawn and not self.scheduler.prefill_budget.allows_pass:
+                break
             now = time.perf_counter()
             ttft += [now - sent[output.rid] for output in answered if output.rid in sent]
             for i, req in enumerate(reqs):
@@ -96,16 +106,15 @@ class Load:
         return (time.perf_counter() - began) / max(tokens, 1) * 1e3, longest * 1e3, [t * 1e3 for t in ttft]
 
 
-def measure(args: argparse.Namespace, mixed: bool) -> Measurement:
-    load = Load(args, mixed)
-    reqs = load.start(args.running)
-    load.watch(reqs, args.seconds / 4, args.rate)  # compiles what prompts need
-    while load.scheduler.queue.waiting or load.scheduler.queue.partial:
-        load.step()
+def measure(load: Load, burst: float | None, rate: float) -> Measurement:
+    args = load.args
+    reqs = load.start(args.running, burst)
     alone, _, _ = load.watch(reqs, args.seconds, 0)
-    arriving, longest, ttft = load.watch(reqs, args.seconds, args.rate)
+    if burst:
+        load.watch(reqs, args.seconds, rate, until_overdrawn=True)
+    arriving, longest, ttft = load.watch(reqs, args.seconds, rate)
     median = statistics.median(ttft) if ttft else float("nan")
-    return Measurement(mixed, alone, arriving, arriving / alone, longest, len(ttft), median)
+    return Measurement(burst, rate, alone, arriving, arriving / alone, longest, len(ttft), median)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--running", type=int, default=4, help="requests that decode")
     add("--prompt-len", type=int, default=64, help="of these")
     add("--arriving-len", type=int, default=1000, help="tokens of each prompt that arrives")
-    add("--rate", type=float, default=20.0, help="prompts a second")
+    add("--rates", type=float, nargs="+", default=[5.0, 50.0], help="prompts a second")
     add("--chunk", type=int, default=512, help="--chunked-prefill-size")
     add("--seconds", type=float, default=3.0, help="of each measurement")
     add("--max-new-tokens", type=int, default=3800, help="of the requests that decode")
@@ -128,15 +137,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    print("| mixed chunk | ms a token alone | with arrivals | ratio | longest wait ms | prompts | TTFT ms |")
-    print("|---|---|---|---|---|---|---|")
+    load = Load(args)
+    load.watch(load.start(args.running, None), args.seconds / 4, args.rates[0])  # compiles what prompts need
+    print(
+        "| burst s | prompts/s | ms a token | with arrivals | ratio | longest wait ms | answered | TTFT ms |"
+    )
+    print("|---" * 8 + "|")
     rows = []
-    for mixed in (False, True):
-        m = measure(args, mixed)
+    for rate, burst in product(args.rates, (None, ServerArgs.prefill_burst, 0.0)):
+        m = measure(load, burst, rate)
         rows.append(asdict(m))
         print(
-            f"| {'on' if mixed else 'off'} | {m.alone_ms:.3f} | {m.arriving_ms:.3f} | {m.ratio:.2f} "
-            f"| {m.longest_wait_ms:.1f} | {m.prompts} | {m.median_ttft_ms:.1f} |",
+            f"| {'no limit' if burst is None else burst} | {rate:g} | {m.alone_ms:.3f} | {m.arriving_ms:.3f} "
+            f"| {m.ratio:.2f} | {m.longest_wait_ms:.1f} | {m.prompts} | {m.median_ttft_ms:.1f} |",
             flush=True,
         )
     if args.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,10 @@ REFUSED = [
     Refused(("--max-running-requests", "0"), {"max_running_requests": 0}),
     Refused(("--cuda-graph-max-bs", "0"), {"cuda_graph_max_bs": 0}),
     Refused(("--chunked-prefill-size", "0"), {"chunked_prefill_size": 0}),
+    *(
+        Refused(("--prefill-burst", "-1 (no limit)", f"got {burst}"), {"prefill_burst": burst})
+        for burst in (-2.0, math.inf, math.nan)
+    ),
     Refused(("--context-length", "-1"), {"context_length": -1}),
     Refused(("--random-seed", "-1"), {"random_seed": -1}),
     Refused(("--attention-backend fa3", "--nsa-decode-backend"), {"attention_backend": "fa3"}),

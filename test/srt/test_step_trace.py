@@ -71,11 +71,11 @@ def test_a_step_of_our_engine_is_profiled(dummy_model: Path, tmp_path: Path) -> 
         assert f"| `{span}` | 1.0 |" in text
 
 
-def test_arriving_prompts_are_measured_with_and_without_the_limit(dummy_model: Path, tmp_path: Path) -> None:
+def test_arriving_prompts_are_measured_by_burst_and_rate(dummy_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "interference.json"
-    sizes = ["--running", "2", "--arriving-len", "40", "--seconds", "0.3", "--rate", "10", "--steps", "2"]
+    sizes = ["--running", "2", "--arriving-len", "40", "--seconds", "0.2", "--rates", "10", "--steps", "2"]
     flags = ["--model-path", str(dummy_model), *sizes, "--max-new-tokens", "1000", "--json", str(out)]
     assert prefill_interference.main(flags) == 0
-    off, on = json.loads(out.read_text())
-    assert (off["mixed_chunk"], on["mixed_chunk"]) == (False, True)
-    assert off["alone_ms"] > 0 and on["arriving_ms"] > 0
+    rows = json.loads(out.read_text())
+    assert [(row["burst"], row["rate"]) for row in rows] == [(None, 10), (2, 10), (0, 10)]
+    assert all(row["alone_ms"] > 0 and row["arriving_ms"] > 0 for row in rows)

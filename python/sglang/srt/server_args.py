@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -67,9 +68,12 @@ class ServerArgs(SGLangArgs):
     chunked_prefill_size: int | None = memory(
         None, "longest piece of a prompt in one step; -1: whole prompts (default: cpu 2048, cuda 8192)"
     )
-    enable_mixed_chunk: bool = memory(
-        False, "pieces of prompts between decode steps, so that decoding keeps most of its speed meanwhile"
+    prefill_burst: float = memory(
+        2.0,
+        "seconds for which prompts that come together may hold up requests that decode; after that decoding "
+        "keeps four fifths of its speed, however many prompts wait; -1: no limit",
     )
+    enable_mixed_chunk: bool = memory(False, "no burst: the same as --prefill-burst 0")
     disable_overlap_schedule: bool = memory(
         False, "read the tokens of each decode step before the next is launched (as always on a CPU)"
     )
@@ -193,6 +197,11 @@ class ServerArgs(SGLangArgs):
         yield at_least("cuda_graph_max_bs", 1)
         chunk = self.chunked_prefill_size
         yield chunk != -1 and chunk < 1, f"--chunked-prefill-size must be -1 (off) or at least 1, got {chunk}"
+        burst = self.prefill_burst
+        yield (
+            burst != -1 and not 0 <= burst < math.inf,
+            f"--prefill-burst must be -1 (no limit) or a number of seconds from 0, got {burst}",
+        )
         yield from self._device_checks()
         yield from self._speculation_checks()
         yield from self._metadata_checks()
@@ -274,6 +283,13 @@ class ServerArgs(SGLangArgs):
     def from_cli(cls, argv: Sequence[str] | None = None) -> ServerArgs:
         """From the command line. Ends the process with a usage message where the arguments are wrong."""
         return Parser("sglang.launch_server", cls).parse(argv, cls)
+
+    @property
+    def prefill_burst_limit(self) -> float | None:
+        """Seconds; None: no limit."""
+        if self.enable_mixed_chunk:
+            return 0.0
+        return None if self.prefill_burst == -1 else self.prefill_burst
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments by name, with the secret ones masked."""

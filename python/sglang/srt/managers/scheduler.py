@@ -21,8 +21,8 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
     ToScheduler,
 )
+from sglang.srt.managers.prefill_budget import PrefillBudget
 from sglang.srt.managers.prefill_queue import PrefillQueue
-from sglang.srt.managers.prefill_share import PrefillShare
 from sglang.srt.managers.request_limits import RequestLimits
 from sglang.srt.managers.schedule_batch import (
     DecodeStep,
@@ -100,7 +100,8 @@ class Scheduler:
         self.num_retracted_output_tokens = 0
         self.leak: str | None = None
         self.throughput = Throughput()
-        self.prefill_share = PrefillShare(server_args.enable_mixed_chunk)
+        self.num_decode_steps = 0
+        self.prefill_budget = PrefillBudget(server_args.prefill_burst_limit)
 
     def run(self) -> None:
         while True:
@@ -110,19 +111,19 @@ class Scheduler:
         """Receive, schedule, forward, process, send. Waits for a message when there is nothing to do."""
         for message in self.link.receive(block=self.is_idle):
             self.handle(message)
-        start = time.perf_counter()
+        start, steps = time.perf_counter(), self.num_decode_steps
         decoding = bool(self.running)
-        chunks = self.queue.next_chunks(len(self.running)) if self.prefill_share.allows(decoding) else []
+        if not decoding:
+            self.prefill_budget.refill()
+        chunks = self.queue.next_chunks(len(self.running)) if self.prefill_budget.allows_pass else []
         tokens = self.prefill(chunks) if chunks else self.decode() if decoding else None
         self.send_outputs()
         if tokens is None:
             return
         seconds = time.perf_counter() - start
         self.throughput.add(tokens, seconds, len(self.running), len(self.queue.waiting))
-        if chunks:
-            self.prefill_share.add_prefill(seconds, decoding)
-        else:
-            self.prefill_share.add_decode(seconds)
+        if decoding:
+            self.prefill_budget.account(seconds, self.num_decode_steps - steps, bool(chunks))
 
     def prefill(self, chunks: list[PrefillChunk]) -> int:
         """Runs a pass, after the decode step in flight. Returns how many tokens were read."""
@@ -156,6 +157,7 @@ class Scheduler:
             return 0
         step, self.in_flight = self.in_flight, None
         output = step.pending.read()
+        self.num_decode_steps += 1
         self.process_decode(step.reqs, output)
         return sum(map(len, output.tokens))
 
