@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
 from sglang.srt.layers.gumbel_noise import HASH_MULTIPLIERS, SECOND_KEY
 
 BLOCK = 1024
@@ -28,8 +29,10 @@ def _noise_kernel(
     noise,  # [R, vocab], float32
     vocab,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: BLOCK tokens of one row."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     row_seed = tl.load(seed + row)
     low, high = row_seed.to(tl.uint32), (row_seed >> 32).to(tl.uint32)
@@ -47,5 +50,7 @@ def gumbel_noise(seed: torch.Tensor, positions: torch.Tensor, vocab_size: int) -
     noise = torch.empty((rows, vocab_size), dtype=torch.float32, device=seed.device)
     if rows:
         seed, positions = seed.contiguous(), positions.contiguous()
-        _noise_kernel[(rows, triton.cdiv(vocab_size, BLOCK))](seed, positions, noise, vocab_size, BLOCK=BLOCK)
+        _noise_kernel[(rows, triton.cdiv(vocab_size, BLOCK))](
+            seed, positions, noise, vocab_size, BLOCK=BLOCK, **dependent_launch(seed.device)
+        )
     return noise

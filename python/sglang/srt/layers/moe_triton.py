@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 GROUP_TILE = 1024  # pairs that the grouping looks at in one go
 NONE = -1
 
@@ -51,8 +53,10 @@ def _group_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program in all. Pairs of one expert come in any order: each is computed on its own."""
+    wait_for_inputs(DEPENDENT)
     e = tl.arange(0, BLOCK_E)
     lane = tl.arange(0, TILE)
     counts = tl.zeros((BLOCK_E,), dtype=tl.int32)
@@ -93,8 +97,10 @@ def _gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: BLOCK_M pairs of one expert, BLOCK_N columns of gate and the same of up."""
+    wait_for_inputs(DEPENDENT)
     expert = tl.load(block_experts + tl.program_id(0)).to(tl.int64)
     if expert >= 0:
         pair = tl.load(order + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -138,8 +144,10 @@ def _down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: BLOCK_M pairs of one expert, BLOCK_N of their outputs."""
+    wait_for_inputs(DEPENDENT)
     expert = tl.load(block_experts + tl.program_id(0)).to(tl.int64)
     if expert >= 0:
         pair = tl.load(order + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -191,6 +199,7 @@ def routed_experts(
         BLOCK_E=max(2, triton.next_power_of_2(count)),
         TILE=min(GROUP_TILE, max(32, triton.next_power_of_2(pairs))),
         num_warps=8 if pairs >= GROUP_TILE else 4,
+        **dependent_launch(x.device),
     )
     inner = torch.empty((pairs, intermediate), dtype=x.dtype, device=x.device)
     tile = {"BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_K": blocks.inner}
@@ -207,6 +216,7 @@ def routed_experts(
         x.stride(0),
         *gate_up.stride(),
         **tile,
+        **dependent_launch(x.device),
     )
     out = torch.empty((pairs, hidden), dtype=torch.float32, device=x.device)
     _down_kernel[(max_blocks, triton.cdiv(hidden, blocks.columns))](
@@ -220,5 +230,6 @@ def routed_experts(
         intermediate,
         *down.stride(),
         **tile,
+        **dependent_launch(x.device),
     )
     return out.view(rows, top_k, hidden).sum(1).to(x.dtype)

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 
 @triton.jit
 def _accept_kernel(
@@ -23,8 +25,10 @@ def _accept_kernel(
     output_stride,
     ROWS: tl.constexpr,  # D
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one request."""
+    wait_for_inputs(DEPENDENT)
     i = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     token = tl.load(tokens + i * ROWS + at, mask=at < ROWS, other=0)
@@ -74,4 +78,5 @@ def accept(
         ROWS=rows,
         BLOCK=triton.next_power_of_2(rows),
         num_warps=1,
+        **dependent_launch(tokens.device),
     )

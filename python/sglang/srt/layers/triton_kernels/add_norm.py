@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 
 @triton.jit
 def _add_norm_kernel(
@@ -19,8 +21,10 @@ def _add_norm_kernel(
     delta_stride,
     eps,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one row."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < size
@@ -59,5 +63,6 @@ def add_norm(
             eps,
             BLOCK=block,
             num_warps=8 if block >= 4096 else 4,
+            **dependent_launch(x.device),
         )
     return normed, total

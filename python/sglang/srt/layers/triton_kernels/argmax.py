@@ -6,12 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 BLOCK = 8192
 
 
 @triton.jit
-def _argmax_kernel(logits, out, size, stride, BLOCK: tl.constexpr):
+def _argmax_kernel(logits, out, size, stride, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """One program: one row. Every lane keeps the best of its own columns; the lowest of equals wins."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
@@ -33,5 +36,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     assert logits.stride(1) == 1
     if rows:
         block = min(BLOCK, triton.next_power_of_2(size))
-        _argmax_kernel[(rows,)](logits, out, size, logits.stride(0), BLOCK=block, num_warps=16)
+        _argmax_kernel[(rows,)](
+            logits, out, size, logits.stride(0), BLOCK=block, num_warps=16, **dependent_launch(logits.device)
+        )
     return out

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 
 @triton.jit
 def _store_rms_norm(source, target, weight, size, eps, BLOCK: tl.constexpr):
@@ -95,8 +97,10 @@ def _latents_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,  # pairs
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one row's query latent, or its key, or its indexer's key."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     projected += row * projected_stride
@@ -165,5 +169,6 @@ def write_latents(
             BLOCK_P=triton.next_power_of_2(rope // 2),
             BLOCK_D=triton.next_power_of_2(index_dim),
             num_warps=4,
+            **dependent_launch(projected.device),
         )
     return q_latent

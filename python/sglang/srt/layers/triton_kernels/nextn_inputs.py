@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 
 @triton.jit
 def _nextn_inputs_kernel(
@@ -21,8 +23,10 @@ def _nextn_inputs_kernel(
     embed_eps,
     hidden_eps,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one row's embedding, or its hidden state."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < hidden
@@ -68,5 +72,6 @@ def nextn_inputs(
             hidden_norm[1],
             BLOCK=block,
             num_warps=8 if block >= 4096 else 4,
+            **dependent_launch(embed.device),
         )
     return out

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 BLOCK_H = 8  # heads of a program
 
 
@@ -29,8 +31,10 @@ def _rotate_kernel(
     HEAD_BLOCKS: tl.constexpr,  # programs of a row that are q's; the others are q_index's
     BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: some heads of one row. One warp, so that all is read before anything is written."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     pairs = tl.arange(0, BLOCK_P)
@@ -95,4 +99,5 @@ def rotate_queries(
         BLOCK_H=BLOCK_H,
         BLOCK_P=triton.next_power_of_2(rope // 2),
         num_warps=1,
+        **dependent_launch(q.device),
     )

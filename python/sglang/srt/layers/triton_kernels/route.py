@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 
 @triton.jit
 def _route_kernel(
@@ -21,8 +23,10 @@ def _route_kernel(
     TOPK: tl.constexpr,
     NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one row. Of equal values the lower index is preferred."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < num_experts
@@ -87,5 +91,6 @@ def route(
             NORMALISE=normalise,
             BLOCK=triton.next_power_of_2(num_experts),
             num_warps=1,
+            **dependent_launch(logits.device),
         )
     return weights, experts

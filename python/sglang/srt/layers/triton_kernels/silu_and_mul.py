@@ -6,12 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 BLOCK = 1024
 
 
 @triton.jit
-def _silu_and_mul_kernel(gate_up, out, size, gate_up_stride, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(gate_up, out, size, gate_up_stride, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """One program: BLOCK elements of one row. The gate is rounded before it multiplies, as in torch."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -29,5 +32,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if rows.numel():
         block = min(BLOCK, triton.next_power_of_2(size))
         grid = (rows.shape[0], triton.cdiv(size, block))
-        _silu_and_mul_kernel[grid](rows, out, size, rows.stride(0), BLOCK=block, num_warps=4)
+        _silu_and_mul_kernel[grid](
+            rows, out, size, rows.stride(0), BLOCK=block, num_warps=4, **dependent_launch(gate_up.device)
+        )
     return out

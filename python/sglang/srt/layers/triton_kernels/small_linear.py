@@ -7,6 +7,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 MAX_ROWS = 64  # more are a matter for a matrix product
 MAX_BLOCK_K = 2048
 
@@ -20,8 +22,10 @@ def _small_linear_kernel(
     x_stride,
     scale,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one output of one row, so that there are many to wait for the memory together."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1)
     total = tl.zeros((BLOCK_K,), dtype=tl.float32)
@@ -42,5 +46,7 @@ def small_linear(x: torch.Tensor, weight: torch.Tensor, scale: float = 1.0) -> t
     assert weight.is_contiguous() and x.stride(1) == 1
     out = torch.empty((rows, outputs), dtype=torch.float32, device=x.device)
     block = min(MAX_BLOCK_K, triton.next_power_of_2(size))
-    _small_linear_kernel[(rows, outputs)](x, weight, out, size, x.stride(0), scale, BLOCK_K=block)
+    _small_linear_kernel[(rows, outputs)](
+        x, weight, out, size, x.stride(0), scale, BLOCK_K=block, **dependent_launch(x.device)
+    )
     return out

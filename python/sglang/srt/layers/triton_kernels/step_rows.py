@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+
 
 @triton.jit
 def _step_rows_kernel(
@@ -19,8 +21,10 @@ def _step_rows_kernel(
     pairs,
     width,
     BLOCK: tl.constexpr,  # >= 2 * pairs
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one row."""
+    wait_for_inputs(DEPENDENT)
     request, row = tl.program_id(0), tl.program_id(1)
     at = request.to(tl.int64) * tl.num_programs(1) + row
     position = tl.load(seq_lens + request).to(tl.int64) + row
@@ -59,5 +63,6 @@ def step_rows(
         req_to_token.shape[1],
         BLOCK=triton.next_power_of_2(2 * pairs),
         num_warps=1,
+        **dependent_launch(seq_lens.device),
     )
     return positions, slots, rotation

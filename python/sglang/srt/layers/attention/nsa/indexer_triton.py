@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch_triton import dependent_launch, wait_for_inputs
+
 # Scores [rows, width] held at once, in elements (float32): only long prefills need more than one chunk.
 CHUNK_ELEMENTS = 1 << 26
 TOPK_BLOCK = 1024  # scores that a program of the top-k looks at in one go
@@ -54,9 +56,11 @@ def _scores_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WHOLE: tl.constexpr,  # a block holds all of dim, and keys stay where they are
+    DEPENDENT: tl.constexpr,
 ):
     """One program: the scores of BLOCK_N keys for BLOCK_T rows. Rows in a run of one request share its keys,
     which are loaded once for the run."""
+    wait_for_inputs(DEPENDENT)
     begin = tl.program_id(0) * BLOCK_T
     stop = tl.minimum(begin + BLOCK_T, rows)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -199,9 +203,11 @@ def _topk_kernel(
     padding_slot,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one row. Finds the k-th highest score, then writes the slots of all scores above it and
     of the first ones equal to it, in the order of their positions."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     length = tl.minimum(tl.load(lengths + row), width)
     page_table += _table_row(table_rows, row, first_row, rows_per_req) * table_stride
@@ -287,6 +293,7 @@ def select_topk(
             WHOLE=block_d >= dim,
             num_warps=SCORES_WARPS,
             num_stages=3 if half else 1,
+            **dependent_launch(slots.device),
         )
         _topk_kernel[(count,)](
             scores,
@@ -304,5 +311,6 @@ def select_topk(
             BLOCK=TOPK_BLOCK,
             TILE=TOPK_TILE,
             num_warps=TOPK_WARPS,
+            **dependent_launch(slots.device),
         )
     return slots

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch_triton import dependent_launch, wait_for_inputs
 from .shared_memory import shared_memory
 
 TARGET_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
@@ -95,8 +96,10 @@ def _sparse_mla_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WHOLE: tl.constexpr,  # the blocks hold all latents and all of rope, no more
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one row, BLOCK_H heads, one split of its slots, one part of the latents as values."""
+    wait_for_inputs(DEPENDENT)
     per_row = head_blocks * PARTS  # neighbours share the row's keys
     row = (tl.program_id(0) // per_row).to(tl.int64)
     part = tl.program_id(0) % PARTS
@@ -173,8 +176,10 @@ def _merge_kernel(
     splits,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one head of one row; weighs each split by its share of the softmax's sum."""
+    wait_for_inputs(DEPENDENT)
     head = tl.program_id(0).to(tl.int64)
     heads = tl.num_programs(0)
     s = tl.arange(0, BLOCK_S)
@@ -256,19 +261,37 @@ def sparse_mla(
         WHOLE=tile.latents == latent and block_r == q_rope.shape[-1],
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **dependent_launch(out.device),
     )
     if splits > 1:
         _merge_kernel[(rows * heads,)](
-            parts, log_sums, out, latent, splits, BLOCK_S=MAX_SPLITS, BLOCK_C=tile.latents, num_warps=4
+            parts,
+            log_sums,
+            out,
+            latent,
+            splits,
+            BLOCK_S=MAX_SPLITS,
+            BLOCK_C=tile.latents,
+            num_warps=4,
+            **dependent_launch(out.device),
         )
     return out
 
 
 @triton.jit
 def _zero_dead_rows_kernel(
-    out, topk_slots, size, heads, stride_t, stride_h, slots_stride, BLOCK: tl.constexpr
+    out,
+    topk_slots,
+    size,
+    heads,
+    stride_t,
+    stride_h,
+    slots_stride,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one row."""
+    wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     if tl.load(topk_slots + row * slots_stride) < 0:
         at = tl.arange(0, BLOCK)
@@ -291,4 +314,5 @@ def zero_dead_rows(out: torch.Tensor, topk_slots: torch.Tensor) -> None:
             topk_slots.stride(0),
             BLOCK=triton.next_power_of_2(size),
             num_warps=1,
+            **dependent_launch(out.device),
         )
