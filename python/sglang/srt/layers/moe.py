@@ -15,6 +15,7 @@ from sglang.srt.layers.triton_kernels import runs_triton
 from sglang.srt.model_config import ModelConfig
 
 MASKED_CPU_ROWS = 16  # that the all-experts path takes; bounds its [E, rows, 2 * I] intermediate
+JOINED_ROWS = 64  # up to which the shared expert is one of the routed; more are a matter for a matrix product
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -37,6 +38,12 @@ class GatedMLP(Layer):
         self.gate_up_proj = linear(hidden, 2 * intermediate, dtype=dtype, device=device)
         self.down_proj = linear(intermediate, hidden, dtype=dtype, device=device)
 
+    def place(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Puts the weights where they lie among others, which the loader fills in place."""
+        for layer, matrix in ((self.gate_up_proj, gate_up), (self.down_proj, down)):
+            layer.weight = nn.Parameter(matrix, requires_grad=False)
+            layer.products = ()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
 
@@ -54,8 +61,9 @@ class TopkRouter(Layer):
         self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
         self.fused = runs_triton(device)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, hidden] -> weights [T, K] float32, experts [T, K] int64."""
+    def forward(self, x: torch.Tensor, shared: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, hidden] -> weights [T, K] float32, experts [T, K] int64. Triton's kernel appends `shared`
+        experts, with weight 1."""
         cfg = self.config
         rule = (
             cfg.n_group,
@@ -68,7 +76,7 @@ class TopkRouter(Layer):
             from sglang.srt.layers.triton_kernels.route import route
             from sglang.srt.layers.triton_kernels.small_linear import small_linear
 
-            return route(small_linear(x, self.weight), self.e_score_correction_bias, *rule)
+            return route(small_linear(x, self.weight), self.e_score_correction_bias, *rule, shared)
         return choose_experts(F.linear(x.float(), self.weight), self.e_score_correction_bias, *rule)
 
 
@@ -99,21 +107,25 @@ def choose_experts(
 class RoutedExperts(Layer):
     """E gated MLPs in two packed tensors, computed in one of three ways (same result up to rounding):
 
-    - Triton, on CUDA: grouped matrix products in four launches, whatever the sizes (`moe_triton.py`);
+    - Triton, on CUDA: grouped matrix products in five launches, whatever the sizes (`moe_triton.py`);
     - grouped: tokens sorted by expert, one product for each expert that has any. Least work, but the sizes
       depend on the data, so the host must read them: nothing on a CPU;
     - masked: every expert sees every token, and the weight of an expert that was not chosen is 0. Two
       products in all, where a few rows between them choose most experts.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, config: ModelConfig, shared: int = 0, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        """Behind the E experts lie the matrices of `shared` more, for rows that name them."""
         super().__init__()
         experts, hidden, inter = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        gate_up = torch.empty((experts, 2 * inter, hidden), dtype=dtype, device=device)
-        down = torch.empty((experts, hidden, inter), dtype=dtype, device=device)
-        self.products = ("gate_up_proj", "down_proj")
-        self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
-        self.down_proj = nn.Parameter(down, requires_grad=False)
+        count = experts + shared
+        self.all_gate_up = torch.empty((count, 2 * inter, hidden), dtype=dtype, device=device)
+        self.all_down = torch.empty((count, hidden, inter), dtype=dtype, device=device)
+        self.products = () if shared else ("gate_up_proj", "down_proj")
+        self.gate_up_proj = nn.Parameter(self.all_gate_up[:experts], requires_grad=False)
+        self.down_proj = nn.Parameter(self.all_down[:experts], requires_grad=False)
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """x [T, hidden], weights [T, K] float32, experts [T, K] int64 -> [T, hidden]."""
@@ -125,7 +137,7 @@ class RoutedExperts(Layer):
     def forward_triton(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         from sglang.srt.layers.moe_triton import routed_experts  # Triton is there where CUDA is
 
-        return routed_experts(x, weights, experts, self.gate_up_proj, self.down_proj)
+        return routed_experts(x, weights, experts, self.all_gate_up, self.all_down)
 
     def forward_grouped(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         pairs = experts.flatten()
@@ -151,19 +163,29 @@ class RoutedExperts(Layer):
 
 
 class DeepseekMoE(Layer):
-    """Routed experts plus the shared experts that every token visits."""
+    """Routed experts plus the shared experts that every token visits.
+
+    Where Triton runs, few rows visit a single shared expert as one more of the routed ones, with weight 1: no
+    launch is its own.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
+        options = {"dtype": dtype, "device": device}
+        self.joins_shared = runs_triton(device) and config.n_shared_experts == 1
         self.gate = TopkRouter(config, device)
-        self.experts = RoutedExperts(config, dtype=dtype, device=device)
+        self.experts = RoutedExperts(config, shared=int(self.joins_shared), **options)
         self.shared_experts = None
         if config.n_shared_experts:
             shared = config.moe_intermediate_size * config.n_shared_experts
-            self.shared_experts = GatedMLP(config.hidden_size, shared, dtype=dtype, device=device)
+            self.shared_experts = GatedMLP(config.hidden_size, shared, **options)
+        if self.joins_shared:
+            self.shared_experts.place(self.experts.all_gate_up[-1], self.experts.all_down[-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]"""
+        if self.joins_shared and len(x) <= JOINED_ROWS:
+            return self.experts.forward_triton(x, *self.gate(x, 1))
         weights, experts = self.gate(x)
         out = self.experts(x, weights, experts)
         return out if self.shared_experts is None else out + self.shared_experts(x)

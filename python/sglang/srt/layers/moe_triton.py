@@ -1,7 +1,8 @@
 """Routed experts in Triton: (token, expert) pairs grouped by expert, then two grouped matrix products.
 
-Four launches for any number of tokens. Their grids depend on shapes alone and nothing is read by the host, so
-they can be captured in a CUDA graph. An expert that nobody chose costs nothing, and no matrix is copied.
+Five launches for any number of tokens, four for one. Their grids depend on shapes alone and nothing is read
+by the host, so they can be captured in a CUDA graph. An expert that nobody chose costs nothing, and no matrix
+is copied.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
 
 GROUP_TILE = 1024  # pairs that the grouping looks at in one go
+SUM_BLOCK = 1024
 NONE = -1
 
 
@@ -81,6 +83,15 @@ def _group_kernel(
 
 
 @triton.jit
+def _block_pairs(order, block, BLOCK_M: tl.constexpr):
+    """The pairs of a block, [BLOCK_M], NONE where there is none; without `order` each block has one pair."""
+    at = tl.arange(0, BLOCK_M)
+    if order is None:
+        return tl.where(at == 0, block, -1)
+    return tl.load(order + block * BLOCK_M + at)
+
+
+@triton.jit
 def _gate_up_kernel(
     x,  # [T, hidden]
     gate_up,  # [E, 2 * I, hidden]
@@ -103,7 +114,7 @@ def _gate_up_kernel(
     wait_for_inputs(DEPENDENT)
     expert = tl.load(block_experts + tl.program_id(0)).to(tl.int64)
     if expert >= 0:
-        pair = tl.load(order + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
+        pair = _block_pairs(order, tl.program_id(0), BLOCK_M)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         live, in_n = pair >= 0, n < intermediate
@@ -150,7 +161,7 @@ def _down_kernel(
     wait_for_inputs(DEPENDENT)
     expert = tl.load(block_experts + tl.program_id(0)).to(tl.int64)
     if expert >= 0:
-        pair = tl.load(order + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))
+        pair = _block_pairs(order, tl.program_id(0), BLOCK_M)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         live, in_n = pair >= 0, n < hidden
@@ -169,6 +180,55 @@ def _down_kernel(
         tl.store(out_at, y, mask=live[:, None] & in_n[None, :])
 
 
+@triton.jit
+def _sum_kernel(
+    parts,  # [T, K, hidden], float32
+    out,  # [T, hidden]
+    hidden,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One program: BLOCK elements of one row."""
+    wait_for_inputs(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        total += tl.load(parts + (row * TOP_K + k) * hidden + at, mask=at < hidden, other=0.0)
+    tl.store(out + row * hidden + at, total.to(out.dtype.element_ty), mask=at < hidden)
+
+
+def group_by_expert(
+    experts: torch.Tensor,  # [T, K], int64
+    count: int,  # E
+    block_rows: int,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """`order` and `block_experts` of the grouped products. One row's experts differ: each has one pair."""
+    pairs = experts.numel()
+    if experts.shape[0] == 1:
+        return None, experts
+    # Every expert may leave a block partly filled.
+    max_blocks = min(pairs, triton.cdiv(pairs, block_rows) + count)
+    ints = torch.empty(max_blocks * (block_rows + 1) + count, dtype=torch.int32, device=experts.device)
+    order, block_experts, cursors = ints.split((max_blocks * block_rows, max_blocks, count))
+    _group_kernel[(1,)](
+        experts,
+        order,
+        block_experts,
+        cursors,
+        pairs,
+        count,
+        max_blocks,
+        BLOCK_M=block_rows,
+        BLOCK_E=max(2, triton.next_power_of_2(count)),
+        TILE=min(GROUP_TILE, max(32, triton.next_power_of_2(pairs))),
+        num_warps=8 if pairs >= GROUP_TILE else 4,
+        **dependent_launch(experts.device),
+    )
+    return order, block_experts
+
+
 def routed_experts(
     x: torch.Tensor,  # [T, hidden], float32 or bfloat16
     weights: torch.Tensor,  # [T, K], float32
@@ -183,27 +243,11 @@ def routed_experts(
         return torch.zeros_like(x)
     assert x.stride(1) == 1 and experts.is_contiguous() and weights.is_contiguous()
     blocks = Blocks.choose(pairs, count, x.dtype)
-    # Every expert may leave a block partly filled.
-    max_blocks = min(pairs, triton.cdiv(pairs, blocks.rows) + count)
-    ints = torch.empty(max_blocks * (blocks.rows + 1) + count, dtype=torch.int32, device=x.device)
-    order, block_experts, cursors = ints.split((max_blocks * blocks.rows, max_blocks, count))
-    _group_kernel[(1,)](
-        experts,
-        order,
-        block_experts,
-        cursors,
-        pairs,
-        count,
-        max_blocks,
-        BLOCK_M=blocks.rows,
-        BLOCK_E=max(2, triton.next_power_of_2(count)),
-        TILE=min(GROUP_TILE, max(32, triton.next_power_of_2(pairs))),
-        num_warps=8 if pairs >= GROUP_TILE else 4,
-        **dependent_launch(x.device),
-    )
+    order, block_experts = group_by_expert(experts, count, blocks.rows)
+    max_blocks = block_experts.numel()
+    options = {"BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_K": blocks.inner}
+    options |= {"num_warps": blocks.warps, "num_stages": blocks.stages, **dependent_launch(x.device)}
     inner = torch.empty((pairs, intermediate), dtype=x.dtype, device=x.device)
-    tile = {"BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_K": blocks.inner}
-    tile |= {"num_warps": blocks.warps, "num_stages": blocks.stages}
     _gate_up_kernel[(max_blocks, triton.cdiv(intermediate, blocks.columns))](
         x,
         gate_up,
@@ -215,21 +259,24 @@ def routed_experts(
         intermediate,
         x.stride(0),
         *gate_up.stride(),
-        **tile,
-        **dependent_launch(x.device),
+        **options,
     )
-    out = torch.empty((pairs, hidden), dtype=torch.float32, device=x.device)
+    parts = torch.empty((rows, top_k, hidden), dtype=torch.float32, device=x.device)
     _down_kernel[(max_blocks, triton.cdiv(hidden, blocks.columns))](
         inner,
         down,
         weights,
-        out,
+        parts,
         order,
         block_experts,
         hidden,
         intermediate,
         *down.stride(),
-        **tile,
-        **dependent_launch(x.device),
+        **options,
     )
-    return out.view(rows, top_k, hidden).sum(1).to(x.dtype)
+    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+    block = min(SUM_BLOCK, triton.next_power_of_2(hidden))
+    _sum_kernel[(rows, triton.cdiv(hidden, block))](
+        parts, out, hidden, TOP_K=top_k, BLOCK=block, **dependent_launch(x.device)
+    )
+    return out

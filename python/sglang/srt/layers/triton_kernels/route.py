@@ -13,8 +13,8 @@ from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait
 def _route_kernel(
     logits,  # [T, E], float32
     bias,  # [E], float32
-    weights,  # [T, K], float32
-    experts,  # [T, K], int64
+    weights,  # [T, K + SHARED], float32
+    experts,  # [T, K + SHARED], int64
     num_experts,
     group_size,
     scaling,
@@ -22,6 +22,7 @@ def _route_kernel(
     TOP_GROUPS: tl.constexpr,
     TOPK: tl.constexpr,
     NORMALISE: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -59,8 +60,13 @@ def _route_kernel(
         taken = taken & open_
     factor = scaling / (total + 1e-20) if NORMALISE else scaling
     rank = tl.cumsum(taken.to(tl.int32), axis=0) - 1
-    tl.store(weights + row * TOPK + rank, score * factor, mask=taken)
-    tl.store(experts + row * TOPK + rank, at.to(tl.int64), mask=taken)
+    weights += row * (TOPK + SHARED)
+    experts += row * (TOPK + SHARED)
+    tl.store(weights + rank, score * factor, mask=taken)
+    tl.store(experts + rank, at.to(tl.int64), mask=taken)
+    for i in tl.static_range(SHARED):
+        tl.store(weights + TOPK + i, 1.0)
+        tl.store(experts + TOPK + i, (num_experts + i).to(tl.int64))
 
 
 def route(
@@ -71,11 +77,13 @@ def route(
     topk: int,
     normalise: bool,
     scaling: float,
+    shared: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `TopkRouter.choose`: weights [T, K] float32 and experts [T, K] int64, here by rising number."""
+    """As `moe.choose_experts`: weights [T, K] float32 and experts [T, K] int64, here by rising number. Behind
+    them come `shared` experts that every row visits with weight 1: numbers E, E + 1, ..."""
     rows, num_experts = logits.shape
-    weights = torch.empty((rows, topk), dtype=torch.float32, device=logits.device)
-    experts = torch.empty((rows, topk), dtype=torch.int64, device=logits.device)
+    weights = torch.empty((rows, topk + shared), dtype=torch.float32, device=logits.device)
+    experts = torch.empty((rows, topk + shared), dtype=torch.int64, device=logits.device)
     if rows:
         _route_kernel[(rows,)](
             logits,
@@ -89,6 +97,7 @@ def route(
             TOP_GROUPS=top_groups,
             TOPK=topk,
             NORMALISE=normalise,
+            SHARED=shared,
             BLOCK=triton.next_power_of_2(num_experts),
             num_warps=1,
             **dependent_launch(logits.device),
