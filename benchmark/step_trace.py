@@ -14,7 +14,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Share:
     name: str
     count: float
     us: float
+    idle_us: float = 0.0  # of a kernel: how long nothing ran before it
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def analyse(events: list[Event]) -> StepProfile:
         kernel_gap_us=sum(gap for gap in gaps if gap < LAUNCH_GAP_US) / steps,
         kernels_per_step=len(inside) / steps,
         eager_per_step=(len(inside) - in_graphs) / steps,
-        kernels=shares(inside, steps),
+        kernels=shares(inside, steps, gaps),
         host=shares(host, steps),
     )
 
@@ -109,12 +110,11 @@ def find_period(sizes: list[int]) -> int:
 
 
 def occupancy(events: list[Event], end: float) -> tuple[float, list[float]]:
-    """Time in which something runs, and the gaps in which nothing does, until `end`."""
+    """Time in which something runs, and how long nothing does before each event and until `end`."""
     busy, gaps, reached = 0.0, [], events[0]["ts"]
     for event in events:
         start, stop = event["ts"], min(event["ts"] + event["dur"], end)
-        if start > reached:
-            gaps.append(start - reached)
+        gaps.append(max(0.0, start - reached))
         busy += max(0.0, stop - max(start, reached))
         reached = max(reached, stop)
     return busy, [*gaps, max(0.0, end - reached)]
@@ -131,11 +131,15 @@ def host_window(
     return min(launches), max(launches)
 
 
-def shares(events: Iterable[Event], steps: int) -> list[Share]:
-    found: dict[str, list[float]] = defaultdict(list)
-    for event in events:
-        found[short_name(event["name"])].append(event["dur"])
-    rows = [Share(name, len(times) / steps, sum(times) / steps) for name, times in found.items()]
+def shares(events: Iterable[Event], steps: int, gaps: Iterable[float] = repeat(0.0)) -> list[Share]:
+    """By name; `gaps` are idle times before the events."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for event, gap in zip(events, gaps):
+        found[short_name(event["name"])].append((event["dur"], gap))
+    rows = []
+    for name, times in found.items():
+        busy, idle = map(sum, zip(*times))
+        rows.append(Share(name, len(times) / steps, busy / steps, idle / steps))
     return sorted(rows, key=lambda share: -share.us)
 
 
@@ -161,11 +165,15 @@ def markdown(title: str, profile: StepProfile, rows: int = 30) -> str:
         f"| {p.idle_share:.1%} | {p.kernels_per_step:.1f} | {p.eager_per_step:.1f} | {p.graphs_per_step} |",
     ]
     for kind, table in (("kernel", p.kernels), ("call of the host", p.host)):
-        if table:
-            lines += ["", f"| {kind} | a step | us a step |", "|---|---|---|"]
-            lines += [f"| `{s.name}` | {s.count:.1f} | {s.us:.1f} |" for s in table[:rows]]
-            rest = table[rows:]
-            if rest:
-                count, us = sum(s.count for s in rest), sum(s.us for s in rest)
-                lines.append(f"| {len(rest)} others | {count:.1f} | {us:.1f} |")
+        if not table:
+            continue
+        shown = table[:rows]
+        if rest := table[rows:]:
+            sums = (sum(getattr(s, what) for s in rest) for what in ("count", "us", "idle_us"))
+            shown.append(Share(f"{len(rest)} others", *sums))
+        on_device = table is p.kernels
+        lines += ["", f"| {kind} | a step | us a step |" + (" idle before it |" if on_device else "")]
+        lines.append("|---|---|---|" + ("---|" if on_device else ""))
+        for s in shown:
+            lines.append(f"| `{s.name}` | {s.count:.1f} | {s.us:.1f} |" + f" {s.idle_us:.1f} |" * on_device)
     return "\n".join(lines) + "\n"

@@ -51,7 +51,8 @@ def test_a_step_is_found_and_measured(suffix: str, tmp_path: Path) -> None:
     assert (profile.kernels_per_step, profile.eager_per_step) == (11.0, 1.0)
     assert (profile.busy_us, profile.kernel_gap_us, profile.launch_gap_us) == (21.0, 10.0, 20.0)
     assert profile.idle_share == pytest.approx(30 / 51)
-    assert [(s.name, s.count, s.us) for s in profile.kernels[:2]] == [("verify", 5, 10), ("draft", 3, 6)]
+    kernels = [(s.name, s.count, s.us, s.idle_us) for s in profile.kernels[:2]]
+    assert kernels == [("verify", 5, 10, 5), ("draft", 3, 6, 18)]
     assert [(s.name, s.count) for s in profile.host] == [("cudaGraphLaunch", 3)]
     assert "| 51 | 21 | 20 | 10 | 58.8% | 11.0 | 1.0 | 3 |" in step_trace.markdown("a step", profile)
 

@@ -63,9 +63,23 @@ def test_write_latents(sizes: tuple[int, int, int, int], by_slot: bool, dtype: t
     rotation = rotations(rows, rope)
     kv = torch.zeros((9 if by_slot else rows, latent + rope), dtype=dtype, device=DEVICE)
     index_k = torch.zeros((9, index_dim), dtype=dtype, device=DEVICE)
-    q = write_latents(
-        projected, rotation, slots, (q_w, 1e-6), (kv_w, 1e-6), (k_w, k_b, 1e-6), kv, index_k, by_slot
+    x, matrix = randn(rows, 40, dtype=dtype), randn(6, 40)
+    arguments = (
+        projected,
+        rotation,
+        slots,
+        (q_w, 1e-6),
+        (kv_w, 1e-6),
+        (k_w, k_b, 1e-6),
+        kv,
+        index_k,
+        by_slot,
     )
+    q, weights = write_latents(*arguments, index_product=(x, matrix, 0.5) if by_slot else None)
+    if by_slot:
+        torch.testing.assert_close(weights, F.linear(x.float(), matrix) * 0.5, rtol=1e-4, atol=1e-4)
+    else:
+        assert weights is None
 
     q_in, kv_in, rope_in, index_in = projected.split(sizes, dim=1)
     close = TOLERANCES[dtype]

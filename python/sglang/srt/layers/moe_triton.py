@@ -87,8 +87,10 @@ def _block_pairs(order, block, BLOCK_M: tl.constexpr):
     """The pairs of a block, [BLOCK_M], NONE where there is none; without `order` each block has one pair."""
     at = tl.arange(0, BLOCK_M)
     if order is None:
-        return tl.where(at == 0, block, -1)
-    return tl.load(order + block * BLOCK_M + at)
+        pairs = tl.where(at == 0, block, -1)
+    else:
+        pairs = tl.load(order + block * BLOCK_M + at)
+    return pairs
 
 
 @triton.jit

@@ -134,15 +134,18 @@ class MLAttention(Layer):
     def _fused_inputs(
         self, x: torch.Tensor, rotation: torch.Tensor, forward_batch: ForwardBatch
     ) -> MLAInputs:
-        """The same in seven launches, with the keys written on the way. The halves of the query lie side by
+        """The same in six launches of few rows, with the keys written on the way. The halves of the query lie side by
         side in one tensor, as kernels read them."""
         from sglang.srt.layers.triton_kernels.latents import write_latents
         from sglang.srt.layers.triton_kernels.rotate_queries import rotate_queries
-        from sglang.srt.layers.triton_kernels.small_linear import small_linear
+        from sglang.srt.layers.triton_kernels.small_linear import MAX_ROWS, small_linear
 
         pool, loc, indexer = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc, self.indexer
         kv = pool.kv_buffer[self.layer_id] if pool.stores_rows else x.new_empty((len(x), sum(self.kv_dims)))
-        q_latent = write_latents(
+        selects = forward_batch.attn_backend.selects_keys()
+        index_product = indexer.weights_proj.weight, indexer.scale
+        at_once = selects and len(x) <= MAX_ROWS and forward_batch.last_rows is None
+        q_latent, index_weights = write_latents(
             F.linear(x, self.from_hidden),
             rotation,
             loc,
@@ -152,19 +155,20 @@ class MLAttention(Layer):
             kv,
             pool.index_k_buffer[self.layer_id],
             by_slot=pool.stores_rows,
+            index_product=(x, *index_product) if at_once else None,
         )
         if not pool.stores_rows:
             pool.set_mla_kv_buffer(self.layer_id, loc, *kv.split(self.kv_dims, dim=-1))
         if forward_batch.last_rows is not None:
             x, q_latent, rotation = (rows[forward_batch.last_rows] for rows in (x, q_latent, rotation))
-        selects = forward_batch.attn_backend.selects_keys()
         split = self.q_b_proj.out_features
         queries = F.linear(q_latent, self.from_q_latent if selects else self.q_b_proj.weight)
         heads = queries[:, :split].unflatten(-1, (self.config.num_attention_heads, -1))
-        q_index = index_weights = None
+        q_index = None
         if selects:
             q_index = queries[:, split:].unflatten(-1, (indexer.n_heads, indexer.head_dim))
-            index_weights = small_linear(x, indexer.weights_proj.weight, indexer.scale)
+            if not at_once:
+                index_weights = small_linear(x, *index_product)
         q = x.new_empty((*heads.shape[:2], sum(self.kv_dims)))
         q_nope, q_rope = q.split(self.kv_dims, dim=-1)
         multiply_heads(heads[..., : self.q_head_dims[0]], self.w_uk, out=q_nope)

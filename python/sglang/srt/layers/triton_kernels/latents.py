@@ -1,4 +1,5 @@
-"""A layer's latents: the norms of the query's and the key's, the rotation of the key, and both caches."""
+"""A layer's latents: the norms of the query's and the key's, the rotation of the key, both caches; and, of
+few rows, the weights of the indexer's heads, which are made of the same rows."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ import triton
 import triton.language as tl
 
 from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+from sglang.srt.layers.triton_kernels.small_linear import MAX_BLOCK_K, row_product
+
+KEY_PARTS = tl.constexpr(3)  # programs of a row beside those of the indexer's heads
 
 
 @triton.jit
@@ -80,10 +84,16 @@ def _latents_kernel(
     q_latent,  # [T, Q]
     kv,  # [slots or T, C + R]
     index_k,  # [slots, D]
+    x,  # [T, hidden]
+    index_matrix,  # [Hi, hidden], float32
+    index_weights,  # [T, Hi], float32: the last three unused without programs for them
+    index_scale,
+    hidden,
     q_size,
     latent,
     rope,
     index_dim,
+    x_stride,
     projected_stride,
     rotation_stride,
     slots_stride,
@@ -97,9 +107,10 @@ def _latents_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,  # pairs
     BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: one row's query latent, or its key, or its indexer's key."""
+    """One program: one row's query latent, or its key, or its indexer's key, or the weight of one head."""
     wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -113,6 +124,10 @@ def _latents_kernel(
         kv_row = kv + (slot if KV_BY_SLOT else row) * kv_stride
         _store_rms_norm(key, kv_row, kv_weight, latent, kv_eps, BLOCK_C)
         _store_rotated_key(key + latent, kv_row + latent, angle, rope, BLOCK_P)
+    elif part >= KEY_PARTS:
+        head = part - KEY_PARTS
+        weight = row_product(x + row * x_stride, index_matrix + head * hidden, hidden, BLOCK_K)
+        tl.store(index_weights + row * (tl.num_programs(1) - KEY_PARTS) + head, weight * index_scale)
     else:
         index_key = projected + q_size + latent + rope
         index_row = index_k + slot * index_stride
@@ -131,16 +146,21 @@ def write_latents(
     kv: torch.Tensor,  # [slots, C + R], or [T, C + R] where a cache of another format takes the rows
     index_k: torch.Tensor,  # [slots, D]
     by_slot: bool,  # whether kv is the cache
-) -> torch.Tensor:
-    """Writes the keys of T rows; returns the query's normed latents [T, Q]."""
+    index_product: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # x, matrix, scale
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Writes the keys of T rows; returns the query's normed latents [T, Q], and with `index_product`, of x
+    [T, hidden] and matrix [Hi, hidden] float32, scale * x @ matrix.T: [T, Hi], float32."""
     rows = projected.shape[0]
     q_size, latent, index_dim = q_norm[0].shape[0], kv_norm[0].shape[0], k_norm[0].shape[0]
     rope = 2 * rotation.shape[-1]
     assert projected.shape[1] == q_size + latent + rope + index_dim and projected.stride(1) == 1
     q_latent = torch.empty((rows, q_size), dtype=projected.dtype, device=projected.device)
+    x, matrix, scale = index_product or (projected, projected[:0], 1.0)
+    assert matrix.is_contiguous() and x.stride(1) == 1
+    index_weights = torch.empty((rows, len(matrix)), dtype=torch.float32, device=projected.device)
     if rows:
         angles = torch.view_as_real(rotation)  # [T, 1, R / 2, 2]
-        _latents_kernel[(rows, 3)](
+        _latents_kernel[(rows, KEY_PARTS.value + len(matrix))](
             projected,
             angles,
             slots,
@@ -151,10 +171,16 @@ def write_latents(
             q_latent,
             kv,
             index_k,
+            x,
+            matrix,
+            index_weights,
+            scale,
+            x.shape[1],
             q_size,
             latent,
             rope,
             index_dim,
+            x.stride(0),
             projected.stride(0),
             angles.stride(0),
             slots.stride(0),
@@ -168,7 +194,8 @@ def write_latents(
             BLOCK_C=triton.next_power_of_2(latent),
             BLOCK_P=triton.next_power_of_2(rope // 2),
             BLOCK_D=triton.next_power_of_2(index_dim),
+            BLOCK_K=min(MAX_BLOCK_K, triton.next_power_of_2(x.shape[1])),
             num_warps=4,
             **dependent_launch(projected.device),
         )
-    return q_latent
+    return q_latent, index_weights if index_product else None

@@ -14,6 +14,17 @@ MAX_BLOCK_K = 2048
 
 
 @triton.jit
+def row_product(x, weight, size, BLOCK_K: tl.constexpr):
+    """The product of two rows, in float32."""
+    total = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for start in range(0, size, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        value = tl.load(x + k, mask=k < size, other=0.0).to(tl.float32)
+        total += tl.load(weight + k, mask=k < size, other=0.0).to(tl.float32) * value
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def _small_linear_kernel(
     x,  # [T, K]
     weight,  # [N, K], float32
@@ -28,12 +39,8 @@ def _small_linear_kernel(
     wait_for_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1)
-    total = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    for start in range(0, size, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        value = tl.load(x + row * x_stride + k, mask=k < size, other=0.0).to(tl.float32)
-        total += tl.load(weight + n * size + k, mask=k < size, other=0.0) * value
-    tl.store(out + row * tl.num_programs(1) + n, tl.sum(total, axis=0) * scale)
+    value = row_product(x + row * x_stride, weight + n * size, size, BLOCK_K)
+    tl.store(out + row * tl.num_programs(1) + n, value * scale)
 
 
 def small_linear(x: torch.Tensor, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
