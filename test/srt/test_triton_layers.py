@@ -96,30 +96,37 @@ def test_write_latents(sizes: tuple[int, int, int, int], by_slot: bool, dtype: t
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index_heads", [0, 3, 16])
-def test_rotate_queries(index_heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "latent"), [(4, 0), (4, 24), (19, 300)])
+def test_rotate_and_absorb_queries(rows: int, latent: int, index_heads: int, dtype: torch.dtype) -> None:
+    """Without latents the rotations alone."""
+    if latent and INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter cannot multiply bfloat16 matrices")
+    from sglang.srt.layers.triton_kernels.absorb_queries import absorb_queries
     from sglang.srt.layers.triton_kernels.rotate_queries import rotate_queries
 
-    rows, heads, nope, rope, index_dim = 4, 11, 6, 8, 20
-    projected = randn(rows, heads * (nope + rope) + index_heads * index_dim, dtype=dtype)
-    before = projected.clone()
-    rotation = rotations(rows, rope)
-
-    def views(of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q, q_index = of.split((heads * (nope + rope), index_heads * index_dim), dim=1)
-        return q.unflatten(1, (heads, -1)), q_index.reshape(rows, index_heads, index_dim)
-
-    q = projected[:, : heads * (nope + rope)].unflatten(1, (heads, -1))
-    q_index = None
-    if index_heads:
-        q_index = projected[:, heads * (nope + rope) :].unflatten(1, (index_heads, -1))
-    q_rope = torch.empty((rows, heads, 3 + rope), dtype=dtype, device=DEVICE)[..., 3:]
-    rotate_queries(q, q_rope, q_index, rotation)
-    expected, expected_index = views(before)
-    assert torch.equal(q, expected)
-    torch.testing.assert_close(
-        q_rope, apply_rotary_interleaved(expected[..., nope:], rotation), **TOLERANCES[dtype]
+    heads, nope, rope, index_dim = 11, 6, 8, 20
+    sizes = (heads * (nope + rope), index_heads * index_dim)
+    projected = randn(rows, sum(sizes), dtype=dtype)
+    expected, expected_index = (
+        part.clone().unflatten(1, (-1, n)) for part, n in zip(projected.split(sizes, 1), (14, 20))
     )
-    if q_index is not None:
+    q, q_index = (part.unflatten(1, (-1, n)) for part, n in zip(projected.split(sizes, 1), (14, 20)))
+    rotation = rotations(rows, rope)
+    q_nope, q_rope = torch.empty((rows, heads, latent + rope), dtype=dtype, device=DEVICE).split(
+        (latent, rope), 2
+    )
+    queries = q_rope, q_index if index_heads else None, rotation
+    if latent:
+        w_uk = randn(heads, nope + 5, latent, dtype=dtype)[:, :nope]
+        absorb_queries(q, w_uk, q_nope, *queries)
+        product = torch.einsum("thn,hnc->thc", expected[..., :nope].float(), w_uk.float()).to(dtype)
+        torch.testing.assert_close(q_nope, product, **TOLERANCES[dtype])
+    else:
+        rotate_queries(q, *queries)
+    assert torch.equal(q, expected)
+    rotated = apply_rotary_interleaved(expected[..., nope:], rotation)
+    torch.testing.assert_close(q_rope, rotated, **TOLERANCES[dtype])
+    if index_heads:
         torch.testing.assert_close(q_index, apply_rotary_half(expected_index, rotation), **TOLERANCES[dtype])
 
 

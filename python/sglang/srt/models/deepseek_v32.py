@@ -134,8 +134,9 @@ class MLAttention(Layer):
     def _fused_inputs(
         self, x: torch.Tensor, rotation: torch.Tensor, forward_batch: ForwardBatch
     ) -> MLAInputs:
-        """The same in six launches of few rows, with the keys written on the way. The halves of the query lie side by
+        """The same in four launches of few rows, with the keys written on the way. The halves of the query lie side by
         side in one tensor, as kernels read them."""
+        from sglang.srt.layers.triton_kernels.absorb_queries import absorb_queries
         from sglang.srt.layers.triton_kernels.latents import write_latents
         from sglang.srt.layers.triton_kernels.rotate_queries import rotate_queries
         from sglang.srt.layers.triton_kernels.small_linear import MAX_ROWS, small_linear
@@ -171,8 +172,11 @@ class MLAttention(Layer):
                 index_weights = small_linear(x, *index_product)
         q = x.new_empty((*heads.shape[:2], sum(self.kv_dims)))
         q_nope, q_rope = q.split(self.kv_dims, dim=-1)
-        multiply_heads(heads[..., : self.q_head_dims[0]], self.w_uk, out=q_nope)
-        rotate_queries(heads, q_rope, q_index, rotation)
+        if len(heads) <= MAX_ROWS:
+            absorb_queries(heads, self.w_uk, q_nope, q_rope, q_index, rotation)
+        else:
+            multiply_heads(heads[..., : self.q_head_dims[0]], self.w_uk, out=q_nope)
+            rotate_queries(heads, q_rope, q_index, rotation)
         return MLAInputs(
             q_nope=q_nope,
             q_rope=q_rope,

@@ -12,11 +12,13 @@ BLOCK_H = 8  # heads of a program
 
 
 @triton.jit
-def _rotate_kernel(
+def rotate_block(
     q,  # [T, H, nope + R]: the last R dims of each head are rotated, pairs are neighbours
     q_rope,  # [T, H, R]: where these go
     q_index,  # [T, Hi, Di]: the first R dims, pairs are R / 2 apart and become neighbours
     rotation,  # [T, R / 2, 2], float32
+    row,
+    block,
     heads,
     index_heads,
     nope,
@@ -28,15 +30,11 @@ def _rotate_kernel(
     index_stride_t,
     index_stride_h,
     rotation_stride,
-    HEAD_BLOCKS: tl.constexpr,  # programs of a row that are q's; the others are q_index's
+    HEAD_BLOCKS: tl.constexpr,  # blocks of a row that are q's; the others are q_index's
     BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
-    """One program: some heads of one row. One warp, so that all is read before anything is written."""
-    wait_for_inputs(DEPENDENT)
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
+    """Some heads of one row."""
     pairs = tl.arange(0, BLOCK_P)
     in_pairs = pairs < rope // 2
     angle = rotation + row * rotation_stride + 2 * pairs
@@ -57,10 +55,58 @@ def _rotate_kernel(
         head = q_index + row * index_stride_t + h[:, None] * index_stride_h
         first = tl.load(head + pairs[None, :], mask=live, other=0.0).to(tl.float32)
         second = tl.load(head + rope // 2 + pairs[None, :], mask=live, other=0.0).to(tl.float32)
-        tl.debug_barrier()
+        tl.debug_barrier()  # all is read before anything is written
         at = head + 2 * pairs[None, :]
         tl.store(at, (first * cosine - second * sine).to(q_index.dtype.element_ty), mask=live)
         tl.store(at + 1, (first * sine + second * cosine).to(q_index.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _rotate_kernel(
+    q,
+    q_rope,
+    q_index,
+    rotation,
+    heads,
+    index_heads,
+    nope,
+    rope,
+    q_stride_t,
+    q_stride_h,
+    rope_stride_t,
+    rope_stride_h,
+    index_stride_t,
+    index_stride_h,
+    rotation_stride,
+    HEAD_BLOCKS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One program: one block of one row."""
+    wait_for_inputs(DEPENDENT)
+    rotate_block(
+        q,
+        q_rope,
+        q_index,
+        rotation,
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1),
+        heads,
+        index_heads,
+        nope,
+        rope,
+        q_stride_t,
+        q_stride_h,
+        rope_stride_t,
+        rope_stride_h,
+        index_stride_t,
+        index_stride_h,
+        rotation_stride,
+        HEAD_BLOCKS,
+        BLOCK_H,
+        BLOCK_P,
+    )
 
 
 def rotate_queries(

@@ -19,7 +19,7 @@ from .shared_memory import shared_memory
 TARGET_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 MIN_SPLIT = 128  # slots; a shorter split costs more to merge than it gains
 MAX_SPLITS = 16
-SCAN = 512  # slots looked at in one go for the last that counts
+MAX_SCAN = 2048  # slots looked at in one go for the last that counts
 LOG2_E = 1.4426950408889634
 SHARED_REST = 4096  # bytes: slots, and what reductions exchange
 
@@ -66,7 +66,7 @@ def _load_columns(at, inside, WHOLE: tl.constexpr):
 
 
 # Not specialised on what changes with the number of rows: prefills must not compile anew for that.
-@triton.jit(do_not_specialize=["rows", "topk", "split_size"])
+@triton.jit(do_not_specialize=["rows", "topk", "splits"])
 def _sparse_mla_kernel(
     q_nope,  # [T, H, C]
     q_rope,  # [T, H, R]
@@ -80,7 +80,7 @@ def _sparse_mla_kernel(
     latent,
     rope,
     topk,
-    split_size,
+    splits,
     head_blocks,
     nope_stride_t,
     nope_stride_h,
@@ -98,7 +98,8 @@ def _sparse_mla_kernel(
     WHOLE: tl.constexpr,  # the blocks hold all latents and all of rope, no more
     DEPENDENT: tl.constexpr,
 ):
-    """One program: one row, BLOCK_H heads, one split of its slots, one part of the latents as values."""
+    """One program: one row, BLOCK_H heads, one split of its slots, one part of the latents as values. The
+    splits take blocks of BLOCK_N slots by turns."""
     wait_for_inputs(DEPENDENT)
     per_row = head_blocks * PARTS  # neighbours share the row's keys
     row = (tl.program_id(0) // per_row).to(tl.int64)
@@ -118,22 +119,21 @@ def _sparse_mla_kernel(
     q_r_at = q_rope + row * rope_stride_t + h[:, None] * rope_stride_h + r[None, :]
     q_r = tl.load(q_r_at, mask=in_h[:, None] & in_r[None, :], other=0.0)
 
-    # Where the split's last slot is: what follows is not looked at.
-    begin = split * split_size
-    stop = tl.minimum(begin + split_size, topk)
-    end = begin
-    for start in range(begin, stop, SCAN):
+    # Where the row's last slot is: what follows is not looked at.
+    end = 0
+    for start in range(0, topk, SCAN):
         candidates = start + tl.arange(0, SCAN)
-        used = tl.load(topk_slots + candidates, mask=candidates < stop, other=-1) >= 0
-        end = tl.maximum(end, tl.max(tl.where(used, candidates + 1, begin), axis=0))
-    last = tl.load(topk_slots + end - 1, mask=end > begin, other=0)
+        used = tl.load(topk_slots + candidates, mask=candidates < topk, other=-1) >= 0
+        end = tl.maximum(end, tl.max(tl.where(used, candidates + 1, 0), axis=0))
+    last = tl.load(topk_slots + end - 1, mask=end > 0, other=0)
 
     maximum = tl.full((BLOCK_H,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_H,), dtype=tl.float32)
     mixed = tl.zeros((BLOCK_H, BLOCK_C), dtype=tl.float32)
-    n = begin + tl.arange(0, BLOCK_N)
+    step = BLOCK_N * splits if SPLIT else BLOCK_N  # blocks by turns: a short row, too, is work for several
+    n = split * BLOCK_N + tl.arange(0, BLOCK_N)
     slots = tl.load(topk_slots + n, mask=n < end, other=-1)
-    for _ in range(begin, end, BLOCK_N):
+    for _ in range(split * BLOCK_N, end, step):
         live = slots >= 0
         # Where there is none another of the row is read: its keys are finite, their weight is exactly zero.
         kv_at = kv + tl.where(live, slots, last).to(tl.int64)[:, None] * kv_stride
@@ -141,7 +141,7 @@ def _sparse_mla_kernel(
         if PARTS == 2:
             k_other = tl.load(kv_at + other_c[None, :])
         k_r = _load_columns(kv_at + latent + r[None, :], in_r, WHOLE)
-        n += BLOCK_N
+        n += step
         slots = tl.load(topk_slots + n, mask=n < end, other=-1)  # so the next keys do not wait for them
         scores = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")
         if PARTS == 2:
@@ -163,8 +163,11 @@ def _sparse_mla_kernel(
     if SPLIT:
         log_sum = tl.where(empty, float("-inf"), maximum + tl.log2(tl.where(empty, 1.0, total)))
         tl.store(log_sums + head, log_sum, mask=in_h)
+    stored = in_h[:, None] & in_c[None, :]
+    if SPLIT:  # nobody reads what weighs nothing
+        stored = stored & (total > 0.0)[:, None]
     out_at = out + head[:, None] * latent + c[None, :]
-    tl.store(out_at, mixed.to(out.dtype.element_ty), mask=in_h[:, None] & in_c[None, :])
+    tl.store(out_at, mixed.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -189,7 +192,7 @@ def _merge_kernel(
     share = tl.exp2(log_sum - tl.where(maximum == float("-inf"), 0.0, maximum))
     total = tl.sum(share, axis=0)
     part_at = parts + (s[:, None] * heads + head) * latent + c[None, :]
-    part = tl.load(part_at, mask=(s < splits)[:, None] & (c < latent)[None, :], other=0.0)
+    part = tl.load(part_at, mask=(share > 0.0)[:, None] & (c < latent)[None, :], other=0.0)
     mixed = tl.sum(part * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
     tl.store(out + head * latent + c, mixed.to(out.dtype.element_ty), mask=c < latent)
 
@@ -243,7 +246,7 @@ def sparse_mla(
         latent,
         q_rope.shape[-1],
         topk,
-        triton.cdiv(topk, splits),
+        splits,
         head_blocks,
         q_nope.stride(0),
         q_nope.stride(1),
@@ -252,7 +255,7 @@ def sparse_mla(
         kv_buffer.stride(0),
         topk_slots.stride(0),
         SPLIT=splits > 1,
-        SCAN=SCAN,
+        SCAN=min(MAX_SCAN, triton.next_power_of_2(topk)),
         PARTS=tile.parts,
         BLOCK_H=tile.heads,
         BLOCK_N=tile.slots,
