@@ -168,17 +168,21 @@ def test_silu_and_mul(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_step_rows(rows: int) -> None:
+@pytest.mark.parametrize("accepted", [None, [1, 0, 3]])
+def test_step_rows(rows: int, accepted: list[int] | None) -> None:
     from sglang.srt.layers.triton_kernels.step_rows import step_rows
 
     requests = torch.tensor([4, 0, 2], dtype=torch.int32, device=DEVICE)
     lengths = torch.tensor([17, 1, 30], dtype=torch.int32, device=DEVICE)
     table = torch.randint(0, 1 << 20, (6, 40), dtype=torch.int32).to(DEVICE)
     angles = rotations(40, 6).squeeze(1)
-    positions, slots, rotation = step_rows(requests, lengths, table, angles, rows)
-    expected = lengths.long()[:, None] + torch.arange(rows, device=DEVICE)
+    accept_lens = None if accepted is None else torch.tensor(accepted, dtype=torch.int32, device=DEVICE)
+    positions, slots, rotation = step_rows(requests, lengths, table, angles, rows, accept_lens)
+    numbers = torch.arange(rows, device=DEVICE)
+    expected = lengths.long()[:, None] + numbers
     assert torch.equal(positions, expected)
-    assert torch.equal(slots, table[requests.long()[:, None], expected].long())
+    counts = 1 if accept_lens is None else numbers < accept_lens[:, None]
+    assert torch.equal(slots, table[requests.long()[:, None], expected].long() * counts)
     assert torch.equal(rotation, angles[expected][:, :, None])
 
 
@@ -239,3 +243,21 @@ def test_argmax(rows: int, size: int, dtype: torch.dtype) -> None:
     if rows:
         logits[0] = float("-inf")
         assert argmax(logits)[0] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [48, 1500])
+def test_draft_state(hidden: int, dtype: torch.dtype) -> None:
+    from sglang.srt.layers.triton_kernels.draft_state import keep_draft_state, load_draft_state
+
+    requests = torch.tensor([3, 1, 5], dtype=torch.int32, device=DEVICE)
+    last, draft = (torch.arange(n, n + 6, device=DEVICE) for n in (100, 200))
+    states = randn(6, hidden)
+    loaded = load_draft_state(requests, last, draft, states)
+    for found, column in zip(loaded, (last, draft, states)):
+        assert torch.equal(found, column[requests.long()])
+    tokens, new = torch.tensor([7, 8, 9], device=DEVICE), randn(3, hidden + 8, dtype=dtype)[:, :hidden]
+    expected_draft, expected = draft.clone(), states.clone()
+    expected_draft[requests.long()], expected[requests.long()] = tokens, new.float()
+    keep_draft_state(requests, tokens, new, draft, states)
+    assert torch.equal(draft, expected_draft) and torch.equal(states, expected)

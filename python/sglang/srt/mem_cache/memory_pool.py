@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 import torch
 
+from sglang.srt.layers.triton_kernels import runs_triton
 from sglang.srt.mem_cache.penalty_pool import PenaltyPool
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,26 @@ class ReqToTokenPool:
         """temperature, top_p, top_k, min_p and seed of `requests` ([R], int64): [R] each."""
         columns = self.temperature, self.top_p, self.top_k, self.min_p, self.seed
         return tuple(column[requests] for column in columns)
+
+    def load_drafts(self, requests: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """last_token [bs], draft_token [bs] and draft_hidden [bs, hidden] of `requests` [bs], int32."""
+        state = self.last_token, self.draft_token, self.draft_hidden
+        if runs_triton(requests.device):
+            from sglang.srt.layers.triton_kernels.draft_state import load_draft_state
+
+            return load_draft_state(requests, *state)
+        return tuple(column.index_select(0, requests) for column in state)
+
+    def keep_drafts(self, requests: torch.Tensor, tokens: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Stores the first drafts [bs] of the next step, and what the next drafts start from [bs, hidden]."""
+        if runs_triton(requests.device):
+            from sglang.srt.layers.triton_kernels.draft_state import keep_draft_state
+
+            keep_draft_state(requests, tokens, hidden_states, self.draft_token, self.draft_hidden)
+            return
+        indices = requests.long()
+        self.draft_token.index_copy_(0, indices, tokens)
+        self.draft_hidden.index_copy_(0, indices, hidden_states.float())
 
     def alloc(self) -> int | None:
         """A free request index, or None."""

@@ -48,7 +48,7 @@ class StepInputs:
 
     req_pool_indices: torch.Tensor  # [bs], int32
     seq_lens: torch.Tensor  # [bs], int32: committed lengths
-    draft_tokens: torch.Tensor  # [bs, S], int64: out of the draft, into the verification
+    tokens: torch.Tensor  # [bs, D], int64: the last token and its S drafts, which are verified
     output: torch.Tensor  # [bs, D + 1], int64: next_tokens and accept_lens, for the host
     accept_lens: torch.Tensor  # [bs], int32: how many of next_tokens are accepted, 1 .. D
     extend_seq_lens: torch.Tensor  # [bs], int32: committed lengths after this step
@@ -66,7 +66,7 @@ class StepInputs:
         return cls(
             req_pool_indices=ints(bs),
             seq_lens=ints(bs, fill=1),
-            draft_tokens=ints(bs, num_draft_tokens - 1, dtype=torch.int64),
+            tokens=ints(bs, num_draft_tokens, dtype=torch.int64),
             output=ints(bs, num_draft_tokens + 1, dtype=torch.int64),
             accept_lens=ints(bs, fill=1),
             extend_seq_lens=ints(bs, fill=2),
@@ -77,6 +77,11 @@ class StepInputs:
     @property
     def bs(self) -> int:
         return self.req_pool_indices.shape[0]
+
+    @property
+    def draft_tokens(self) -> torch.Tensor:
+        """[bs, S], int64"""
+        return self.tokens[:, 1:]
 
     @property
     def next_tokens(self) -> torch.Tensor:

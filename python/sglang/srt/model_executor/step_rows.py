@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -25,14 +25,14 @@ class StepRows:
         at = slice(i, i + 1)
         return StepRows(self.positions[:, at], self.slots[:, at], self.rotation[:, at])
 
-    def accepted(self, accept_lens: torch.Tensor, numbers: torch.Tensor) -> StepRows:
-        """The same rows, of which only the first accept_lens [bs] keep their slots; `numbers` [D] are
-        0 .. D - 1."""
-        return replace(self, slots=self.slots * (numbers < accept_lens[:, None]))
 
-
-# (requests [bs] int32, seq_lens [bs] int32) -> rows
-MakeRows = Callable[[torch.Tensor, torch.Tensor], StepRows]
+class MakeRows(Protocol):
+    def __call__(
+        self,
+        requests: torch.Tensor,  # [bs], int32
+        seq_lens: torch.Tensor,  # [bs], int32
+        accept_lens: torch.Tensor | None = None,  # [bs], int32: only so many rows keep their slots; None: all
+    ) -> StepRows: ...
 
 
 def rows_maker(pool: ReqToTokenPool, rotary: RotaryEmbedding, rows: int, device: torch.device) -> MakeRows:
@@ -41,13 +41,23 @@ def rows_maker(pool: ReqToTokenPool, rotary: RotaryEmbedding, rows: int, device:
         from sglang.srt.layers.triton_kernels.step_rows import step_rows
 
         table = rotary.table(pool.max_context_len)
-        return lambda requests, lens: StepRows(*step_rows(requests, lens, pool.req_to_token, table, rows))
+
+        def make_at_once(
+            requests: torch.Tensor, seq_lens: torch.Tensor, accept_lens: torch.Tensor | None = None
+        ) -> StepRows:
+            return StepRows(*step_rows(requests, seq_lens, pool.req_to_token, table, rows, accept_lens))
+
+        return make_at_once
 
     numbers = torch.arange(rows, device=device)
 
-    def make(requests: torch.Tensor, seq_lens: torch.Tensor) -> StepRows:
+    def make(
+        requests: torch.Tensor, seq_lens: torch.Tensor, accept_lens: torch.Tensor | None = None
+    ) -> StepRows:
         positions = seq_lens.long()[:, None] + numbers
         slots = pool.req_to_token[requests.long()[:, None], positions].long()
+        if accept_lens is not None:
+            slots = slots * (numbers < accept_lens[:, None])
         return StepRows(positions, slots, rotary(positions.flatten()).unflatten(0, positions.shape))
 
     return make

@@ -106,10 +106,10 @@ class EAGLEWorker(TpModelWorker):
     # ---- the functions
 
     def _draft(self, step: StepInputs, rows: StepRows, sampling: SamplingBatchInfo) -> None:
-        """The S draft tokens [bs, S]: the one at hand and one more from each of the N draft steps."""
-        pool, indices = self.req_to_token_pool, step.req_pool_indices
-        tokens = [pool.draft_token.index_select(0, indices)]
-        hidden_states = pool.draft_hidden.index_select(0, indices)  # [bs, hidden], float32
+        """The tokens to verify: the last one, the draft at hand, one more from each of the N draft steps."""
+        indices = step.req_pool_indices
+        last, first, hidden_states = self.req_to_token_pool.load_drafts(indices)
+        tokens = [last, first]
         for i, backend in enumerate(self.draft_backend.attn_backends):
             row = rows.column(i)
             forward_batch = self.nextn.rows_batch(
@@ -124,15 +124,13 @@ class EAGLEWorker(TpModelWorker):
             if i == 0 and not step.is_static:
                 self.draft_backend.init_forward_metadata(forward_batch)
             hidden_states = self.nextn.model.forward(forward_batch)
-            tokens.append(self._draft_sample(hidden_states, row.positions[:, 0], indices, sampling))
-        torch.stack(tokens, dim=1, out=step.draft_tokens)
+            tokens.append(self._draft_sample(hidden_states, row.positions[:, 0], 2, indices, sampling))
+        torch.stack(tokens, dim=1, out=step.tokens)
 
     def _verify(self, step: StepInputs, rows: StepRows) -> torch.Tensor:
         """The target over the last token and its drafts: logits [bs * D, vocab]; keeps the hidden states."""
-        last = self.req_to_token_pool.last_token.index_select(0, step.req_pool_indices)
-        tokens = torch.cat([last[:, None], step.draft_tokens], dim=1)  # [bs, D]
         forward_batch = self.target.rows_batch(
-            ForwardMode.TARGET_VERIFY, step.req_pool_indices, step.seq_lens, tokens, rows
+            ForwardMode.TARGET_VERIFY, step.req_pool_indices, step.seq_lens, step.tokens, rows
         )
         if not step.is_static:
             self.target.attn_backend.init_forward_metadata(forward_batch)
@@ -142,13 +140,13 @@ class EAGLEWorker(TpModelWorker):
 
     def _draft_extend(self, step: StepInputs, sampling: SamplingBatchInfo) -> None:
         """The NextN layer over the accepted tokens: its keys, and each request's next first draft."""
-        rows = self.make_rows(step.req_pool_indices, step.seq_lens)
+        rows = self.make_rows(step.req_pool_indices, step.seq_lens, step.accept_lens)
         forward_batch = self.nextn.rows_batch(
             ForwardMode.DRAFT_EXTEND,
             step.req_pool_indices,
             step.extend_seq_lens,
             step.next_tokens,
-            rows.accepted(step.accept_lens, self.row_numbers),
+            rows,
             hidden_states=step.hidden_states.flatten(0, 1),
             accept_lens=step.accept_lens,
         )
@@ -163,13 +161,14 @@ class EAGLEWorker(TpModelWorker):
         self,
         hidden_states: torch.Tensor,
         positions: torch.Tensor,
+        distance: int,
         indices: torch.Tensor,
         sampling: SamplingBatchInfo,
     ) -> torch.Tensor:
-        """What the NextN layer says after its rows at `positions` [bs], two positions on; with the noise
-        that the target will sample them with: a sampled request's drafts then agree more often."""
+        """The tokens at `positions` [bs] + distance that the NextN layer's rows say, which are two before
+        them; with the noise that the target will sample them with: drafts then agree more often."""
         logits = self.nextn.model.compute_logits(hidden_states)
-        ahead = None if sampling.all_greedy else positions.long()[:, None] + 2
+        ahead = None if sampling.all_greedy else positions.long()[:, None] + distance
         return self.sampler(logits, ahead, indices, sampling)[:, 0]
 
     def _keep_draft(
@@ -180,10 +179,8 @@ class EAGLEWorker(TpModelWorker):
         sampling: SamplingBatchInfo,
     ) -> None:
         """Stores what the next step's draft starts from: the output [bs, hidden] at position seq_len - 1."""
-        pool, indices = self.req_to_token_pool, req_pool_indices.long()
-        tokens = self._draft_sample(hidden_states, seq_lens - 1, indices, sampling)
-        pool.draft_token.index_copy_(0, indices, tokens)
-        pool.draft_hidden.index_copy_(0, indices, hidden_states.float())
+        tokens = self._draft_sample(hidden_states, seq_lens, 1, req_pool_indices, sampling)
+        self.req_to_token_pool.keep_drafts(req_pool_indices, tokens, hidden_states)
 
     def _decode_output(
         self, step: StepInputs, logits: torch.Tensor, top_logprobs: int | None, tokens: list[list[int]]

@@ -13,6 +13,7 @@ from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait
 def _step_rows_kernel(
     requests,  # [bs], int32
     seq_lens,  # [bs], int32
+    accept_lens,  # [bs], int32: rows from there on have slot 0; None: all have theirs
     req_to_token,  # [pool, width], int32
     table,  # [positions, pairs, 2], float32
     positions,  # [bs, D], int64
@@ -30,7 +31,10 @@ def _step_rows_kernel(
     position = tl.load(seq_lens + request).to(tl.int64) + row
     index = tl.load(requests + request).to(tl.int64)
     tl.store(positions + at, position)
-    tl.store(slots + at, tl.load(req_to_token + index * width + position).to(tl.int64))
+    slot = tl.load(req_to_token + index * width + position).to(tl.int64)
+    if accept_lens is not None:
+        slot = tl.where(row < tl.load(accept_lens + request), slot, 0)
+    tl.store(slots + at, slot)
     element = tl.arange(0, BLOCK)
     inside = element < 2 * pairs
     angle = tl.load(table + position * 2 * pairs + element, mask=inside, other=0.0)
@@ -43,6 +47,8 @@ def step_rows(
     req_to_token: torch.Tensor,  # [pool, width], int32
     table: torch.Tensor,  # [positions, pairs], complex64: `RotaryEmbedding.table`
     rows: int,  # D
+    accept_lens: torch.Tensor
+    | None = None,  # [bs], int32: rows from there on have slot 0; None: all have theirs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """positions [bs, D] and slots [bs, D], int64, rotation [bs, D, 1, pairs], complex64: of the positions
     seq_len .. seq_len + D - 1 of each request."""
@@ -54,6 +60,7 @@ def step_rows(
     _step_rows_kernel[(bs, rows)](
         requests,
         seq_lens,
+        accept_lens,
         req_to_token,
         torch.view_as_real(table),
         positions,
