@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
 from sglang.srt.layers.gumbel_noise import HASH_MULTIPLIERS, SECOND_KEY
+from sglang.srt.layers.triton_kernels.launch import dependent_launch, wait_for_inputs
 
 BLOCK = 1024
 FIRST, SECOND = (tl.constexpr(multiplier) for multiplier in HASH_MULTIPLIERS)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+from sglang.srt.layers.triton_kernels.launch import dependent_launch, wait_for_inputs
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+from sglang.srt.layers.triton_kernels.launch import dependent_launch, wait_for_inputs
 from sglang.srt.layers.triton_kernels.small_linear import MAX_BLOCK_K, row_product
 
 KEY_PARTS = tl.constexpr(3)  # programs of a row beside those of the indexer's heads

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from sglang.srt.layers.attention.nsa.launch_triton import dependent_launch, wait_for_inputs
+from sglang.srt.layers.triton_kernels.launch import dependent_launch, wait_for_inputs
 
 MAX_ROWS = 64  # more are a matter for a matrix product
 MAX_BLOCK_K = 2048
