@@ -28,7 +28,7 @@ from sglang.benchmark_metadata.report import environment, header
 from sglang.benchmark_metadata.run import Settings, run_grid
 
 _CPU_BYTES = 4 << 30
-_LINE_SECONDS = {"quick": 0.1, "full": 0.1, "h200": 0.02}  # in each of the rounds
+_LINE_SECONDS = {"one": 0.1, "quick": 0.1, "full": 0.1, "h200": 0.02}  # in each of the rounds
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

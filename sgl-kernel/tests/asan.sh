@@ -12,7 +12,7 @@ cmake -S "$root" -B "$root/build/asan" -DPython_EXECUTABLE="$python" -DSGL_KERNE
 cmake --build "$root/build/asan"
 
 if (($# == 0)); then
-  set -- "$here"/test_{plans,sglang_calls,fused_metadata_copy,nsa_metadata_generate,paged_mqa_schedule}.py \
+  set -- "$here"/test_{plans,replays,sglang_calls,fused_metadata_copy,nsa_metadata_generate,paged_mqa_schedule}.py \
     "$here"/test_validation_*.py
 fi
 # Leaks are not looked for: the interpreter does not free what it holds at its end.

@@ -109,6 +109,7 @@ def _expanded(bs: tuple[int, ...], contexts: tuple[int, ...], backends: tuple[in
 
 K = 1024
 GRIDS: dict[str, Callable[[], list[BenchCase]]] = {
+    "one": lambda: _decode((32,), (16 * K,), (7,)),
     "quick": lambda: _decode((8,), (4 * K, 16 * K), (3, 7)),
     "full": lambda: _decode((1, 8, 32), (K, 16 * K), (3, 7)) + _expanded((8,), (16 * K,), (1, 3)),
     "h200": lambda: (
