@@ -10,12 +10,15 @@
 namespace sgl_kernel {
 
 constexpr int kMaxGenerateDestinations = 32;  // destinations in one launch
-constexpr int kGenerateThreads = 128;         // of a block
-constexpr int kGenerateBlocksPerSm = 8;       // resident together: 64 registers a thread
 constexpr int kLoadsInFlight = 4;             // of 16 bytes, a thread
 constexpr int kColumnsPerLoad = 4;
 constexpr int kWarpColumns = 32 * kLoadsInFlight * kColumnsPerLoad;
-constexpr int kTileColumns = kGenerateThreads / 32 * kWarpColumns;
+
+// Threads of a block, of which there are two kernels. Where each block has one tile, smaller tiles keep the memory busy
+// until the end (1.7 % of a large table); where it has several, or many requests' vectors, more threads are faster.
+constexpr int kFewThreads = 64, kManyThreads = 128;
+constexpr int kResidentThreads = 1024;  // of an SM: 64 registers each
+SGLK_HOST_DEVICE constexpr int tile_columns(int threads) { return threads / 32 * kWarpColumns; }
 
 // Lengths, offsets and rows are bounded so that every length of a row fits in 32 bits.
 constexpr int32_t kMaxLength = 1 << 30;  // a longer sequence counts as this long
@@ -97,13 +100,12 @@ struct GenerateParams {
   }
 };
 
-// The blocks that write tables: so many for each request, each for a piece of its rows.
+// The blocks that write tables: `pieces` for each request, of which each takes every `pieces`-th tile.
 struct TableGrid {
+  int32_t threads;  // of every block of the launch
   int32_t blocks;
-  int32_t pieces;   // of a request
-  int32_t columns;  // of a piece
+  int32_t pieces;
   Divisor by_pieces;
-  bool bounded;  // the last piece of a request is all that is left of it
 };
 static_assert(sizeof(GenerateParams) + sizeof(TableGrid) <= 4096, "both must fit in the kernel argument space");
 

@@ -16,7 +16,7 @@ namespace {
 constexpr const char* kOp = "nsa_metadata_generate";
 constexpr uint64_t kMagic = 0x67656e657261u * 256 + kAbiVersion;
 constexpr int64_t kMostBlocks = 1 << 17;  // that write tables, or one for each request
-constexpr int64_t kGenerateWaves = 4;
+constexpr int64_t kBlocksInGraph = 32;
 constexpr int64_t kMaxColumns = kMaxLength;  // column arithmetic is 32-bit; offsets are 64-bit
 
 // The fields of a destination, in the order in which their tensors stand in `dsts`. Bit f of dst_fields[d]
@@ -302,21 +302,22 @@ Planned<GenerateParams> make_generate_plan(StableIValue* stack) {
           std::move(tensors)};
 }
 
-// A block for each tile of requests that are as long as `max_len`, or as the tables are wide: the memory then sees the
-// tiles in order, and no SM waits for another at the end. A block beyond a request's length costs little, but not
-// nothing: where lengths are not known, blocks are at most kGenerateWaves times what is resident, and take more than
-// one tile.
+// A block for each tile of requests that are as long as `max_len`: the memory then sees the tiles in order, and no SM
+// waits for another at the end. Where lengths are not known, the tables' width has to be covered, and a block beyond a
+// request's length costs half a nanosecond: then blocks are at most kBlocksInGraph for each SM.
 TableGrid table_grid(const GenerateParams& launch, int32_t device_index, int64_t max_len) {
-  if (launch.num_tables == 0 || launch.bs == 0 || launch.max_cols == 0) return {};
-  const bool bounded = max_len >= 0;
+  const bool has_tables = launch.num_tables > 0 && launch.bs > 0 && launch.max_cols > 0, bounded = max_len >= 0;
+  TableGrid grid{};
+  grid.threads = has_tables && bounded && launch.bs <= 2 * kFewThreads ? kFewThreads : kManyThreads;
+  if (!has_tables) return grid;
   const int64_t columns = bounded ? std::clamp<int64_t>(max_len, 1, launch.max_cols) : launch.max_cols;
-  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;  // of a request
-  const int64_t resident = backend::multiprocessors(device_index) * kGenerateBlocksPerSm;
-  const int64_t most = bounded ? kMostBlocks : std::min(resident * kGenerateWaves, kMostBlocks);
-  const int64_t in_piece = std::min((tiles * launch.bs + most - 1) / most, tiles),
-                pieces = (tiles + in_piece - 1) / in_piece;
-  return {static_cast<int32_t>(pieces * launch.bs), static_cast<int32_t>(pieces),
-          static_cast<int32_t>(in_piece * kTileColumns), divisor(pieces), bounded};
+  const int64_t tile = tile_columns(grid.threads), tiles = (columns + tile - 1) / tile;  // of a request
+  const int64_t most = bounded ? kMostBlocks : backend::multiprocessors(device_index) * kBlocksInGraph;
+  const int64_t of_block = std::min((tiles * launch.bs + most - 1) / most, tiles);
+  grid.pieces = static_cast<int32_t>((tiles + of_block - 1) / of_block);
+  grid.blocks = grid.pieces * launch.bs;
+  grid.by_pieces = divisor(grid.pieces);
+  return grid;
 }
 
 GenerateRun checked_run(const PlanView<GenerateParams>& plan, int64_t max_len) {

@@ -52,46 +52,77 @@ __device__ __forceinline__ LanePage lane_page(const GenerateParams& p, int32_t b
   return {page, page_of_token(p, token), at < kWarpColumns};
 }
 
-// A tile that all rows of all tables have whole. The columns of a warp are one piece, and with them the pages that
-// begin there: their numbers leave the warp side by side.
-__device__ __forceinline__ void copy_whole_tile(const GenerateParams& p, const Tile& tile) {
+// The first `count` columns of the four that a thread loads and stores at once.
+__device__ __forceinline__ int4 load_columns(const int32_t* at, int32_t count) {
+  if (count >= kColumnsPerLoad) return __ldg(reinterpret_cast<const int4*>(at));
+  int4 columns{};
+  if (count > 0) columns.x = __ldg(at);
+  if (count > 1) columns.y = __ldg(at + 1);
+  if (count > 2) columns.z = __ldg(at + 2);
+  return columns;
+}
+__device__ __forceinline__ void store_columns(int32_t* at, const int4& columns, int32_t count) {
+  if (count >= kColumnsPerLoad) {
+    *reinterpret_cast<int4*>(at) = columns;
+    return;
+  }
+  if (count > 0) at[0] = columns.x;
+  if (count > 1) at[1] = columns.y;
+  if (count > 2) at[2] = columns.z;
+}
+
+// A tile of rows that are aligned, `kWhole`: which all rows of all tables have whole. The columns of a warp are one
+// piece, and with them the pages that begin there: their numbers leave the warp side by side.
+template <Mode kMode, bool kWhole>
+__device__ __forceinline__ void copy_aligned_tile(const GenerateParams& p, const Tile& tile) {
+  constexpr int kApart = 32 * kColumnsPerLoad;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) & 31;
   const int32_t begin = tile.begin + (static_cast<int32_t>(threadIdx.x) >> 5) * kWarpColumns;
   const int32_t column = begin + lane * kColumnsPerLoad;
-  const int4* const source = reinterpret_cast<const int4*>(tile.tokens + column);
   int4 tokens[kLoadsInFlight];
 #pragma unroll
-  for (int k = 0; k < kLoadsInFlight; ++k) tokens[k] = __ldg(source + k * 32);
+  for (int k = 0; k < kLoadsInFlight; ++k) {
+    const int32_t left = kWhole ? kColumnsPerLoad : tile.end - column - k * kApart;
+    tokens[k] = load_columns(tile.tokens + column + k * kApart, left);
+  }
   LanePage mine{};
   if (p.pages_by_warp) mine = lane_page(p, begin, tokens);
+  const int64_t page_column = int64_t{mine.page} * p.page_size;
 #pragma unroll 1
   for (int32_t t = 0; t < p.num_tables; ++t) {
     const GenerateTables& table = p.tables[t];
+    const int32_t kv = kWhole ? 0 : kv_len(tile.request.seq_len, table.seqlens_offset);
+    const auto len = [&](int32_t j) { return kWhole ? kMaxLength : row_len(kMode, kv, tile.request.accepted, j); };
     if (table.page_table_1 != nullptr) {
       int32_t* row = table.page_table_1 + tile.row0 * table.stride1 + column;
 #pragma unroll 1
       for (int32_t j = 0; j < tile.rows; ++j, row += table.stride1) {
+        const int32_t left = smaller(len(j), table.width1) - column;
 #pragma unroll
-        for (int k = 0; k < kLoadsInFlight; ++k) reinterpret_cast<int4*>(row)[k * 32] = tokens[k];
+        for (int k = 0; k < kLoadsInFlight; ++k) {
+          store_columns(row + k * kApart, tokens[k], kWhole ? kColumnsPerLoad : left - k * kApart);
+        }
       }
     }
     if (mine.exists && mine.page < table.width2) {
       int32_t* pages = table.real_page_table + tile.row0 * table.stride2 + mine.page;
 #pragma unroll 1
-      for (int32_t j = 0; j < tile.rows; ++j, pages += table.stride2) *pages = mine.value;
+      for (int32_t j = 0; j < tile.rows; ++j, pages += table.stride2) {
+        if (kWhole || page_column < len(j)) *pages = mine.value;
+      }
     }
   }
 }
 
-// A tile in which rows end, or whose rows are not aligned: as many bytes in flight, 4 at a time.
-template <Mode kMode>
-__device__ __forceinline__ void copy_ragged_tile(const GenerateParams& p, const Tile& tile) {
+// A tile of rows that are not aligned: as many bytes in flight, 4 at a time.
+template <Mode kMode, int kThreads>
+__device__ __forceinline__ void copy_unaligned_tile(const GenerateParams& p, const Tile& tile) {
   constexpr int kColumns = kLoadsInFlight * kColumnsPerLoad;
   const int32_t column = tile.begin + static_cast<int32_t>(threadIdx.x);
   int32_t tokens[kColumns];
 #pragma unroll
   for (int k = 0; k < kColumns; ++k) {
-    if (column + k * kGenerateThreads < tile.end) tokens[k] = __ldg(tile.tokens + column + k * kGenerateThreads);
+    if (column + k * kThreads < tile.end) tokens[k] = __ldg(tile.tokens + column + k * kThreads);
   }
 #pragma unroll 1
   for (int32_t t = 0; t < p.num_tables; ++t) {
@@ -104,18 +135,17 @@ __device__ __forceinline__ void copy_ragged_tile(const GenerateParams& p, const 
       const int32_t left = smaller(row_len(kMode, kv, tile.request.accepted, j), table.width1) - column;
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        if (k * kGenerateThreads < left) row[k * kGenerateThreads] = tokens[k];
+        if (k * kThreads < left) row[k * kThreads] = tokens[k];
       }
     }
   }
 }
 
 // The pages that begin in a tile, a thread each. Their tokens were just loaded.
-template <Mode kMode>
+template <Mode kMode, int kThreads>
 __device__ __forceinline__ void write_pages(const GenerateParams& p, const Tile& tile) {
   const int32_t first = tile.begin == 0 ? 0 : divide(tile.begin - 1, p.by_page_size) + 1;
-  for (int64_t page = first + static_cast<int32_t>(threadIdx.x); page * p.page_size < tile.end;
-       page += kGenerateThreads) {
+  for (int64_t page = first + static_cast<int32_t>(threadIdx.x); page * p.page_size < tile.end; page += kThreads) {
     const int32_t column = static_cast<int32_t>(page) * p.page_size;
     const int32_t value = page_of_token(p, __ldg(tile.tokens + column));
 #pragma unroll 1
@@ -132,20 +162,18 @@ __device__ __forceinline__ void write_pages(const GenerateParams& p, const Tile&
   }
 }
 
-// A block writes a piece of one request's rows, tile by tile. Where the host has bounded the lengths, who has the last
-// piece of a request goes on to its end: the host may be wrong.
-template <Mode kMode>
+// A block writes every `pieces`-th tile of one request, up to the longest of its rows, whatever the host knew of that.
+template <Mode kMode, int kThreads>
 __device__ __forceinline__ void write_tables(const GenerateParams& p, const TableGrid& grid, int32_t block) {
+  constexpr int32_t kTile = tile_columns(kThreads);
   const int32_t i = divide(block, grid.by_pieces), piece = block - i * grid.pieces;
   // Both loads are under way before either is needed: a launch this short is a chain of memory latencies.
   Tile tile;
   tile.request = load_request(p, kMode, i);
   tile.tokens = token_row(p, i);
-  tile.begin = piece * grid.columns;
+  tile.begin = piece * kTile;
   const int32_t needed = needed_columns<kMode>(p, tile.request);
-  const bool goes_on = grid.bounded && piece == grid.pieces - 1;
-  const int32_t end = goes_on ? needed : smaller(needed, tile.begin + grid.columns);
-  if (tile.begin >= end) return;
+  if (tile.begin >= needed) return;
   tile.rows = num_live_rows(p, kMode, tile.request.accepted);
   const bool packed = kMode == Mode::kDraftExtend && p.packed;
   tile.row0 = packed ? packed_row(p, i) : static_cast<int64_t>(i) * p.rows_per_req;
@@ -153,15 +181,16 @@ __device__ __forceinline__ void write_tables(const GenerateParams& p, const Tabl
   const int32_t shortest = row_len(kMode, kv_len(tile.request.seq_len, p.min_offset), tile.request.accepted, 0);
   const int32_t common = smaller(shortest, p.common_cols);
 #pragma unroll 1
-  for (; tile.begin < end; tile.begin += kTileColumns) {
-    tile.end = smaller(end, tile.begin + kTileColumns);
-    const bool whole = tile.begin + kTileColumns <= common;
-    if (whole) {
-      copy_whole_tile(p, tile);
+  for (; tile.begin < needed; tile.begin += grid.pieces * kTile) {
+    tile.end = smaller(needed, tile.begin + kTile);
+    if (tile.begin + kTile <= common) {
+      copy_aligned_tile<kMode, true>(p, tile);
+    } else if (p.common_cols > 0) {
+      copy_aligned_tile<kMode, false>(p, tile);
     } else {
-      copy_ragged_tile<kMode>(p, tile);
+      copy_unaligned_tile<kMode, kThreads>(p, tile);
     }
-    if (p.has_pages && !(whole && p.pages_by_warp)) write_pages<kMode>(p, tile);
+    if (p.has_pages && !(p.pages_by_warp && p.common_cols > 0)) write_pages<kMode, kThreads>(p, tile);
   }
 }
 

@@ -18,7 +18,7 @@ struct Sums {
 
 // Prefix sums over the threads of the block, their own values included; `carry` is what lies before the block and grows
 // by all of them. One barrier: calls that follow each other must alternate between two `warp_totals`.
-template <int kCount>
+template <int kThreads, int kCount>
 __device__ __forceinline__ Sums<kCount> block_inclusive_sum(Sums<kCount> mine, Sums<kCount>* warp_totals,
                                                             Sums<kCount>& carry) {
   const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
@@ -33,7 +33,7 @@ __device__ __forceinline__ Sums<kCount> block_inclusive_sum(Sums<kCount> mine, S
   if (lane == 31) warp_totals[warp] = mine;
   __syncthreads();
 #pragma unroll
-  for (int w = 0; w < kGenerateThreads / 32; ++w) {
+  for (int w = 0; w < kThreads / 32; ++w) {
     if (w == warp) mine.add(carry);
     carry.add(warp_totals[w]);
   }
@@ -42,11 +42,11 @@ __device__ __forceinline__ Sums<kCount> block_inclusive_sum(Sums<kCount> mine, S
 
 // One block writes all vectors of one destination, a thread those of one request at a time; the next one is loaded
 // meanwhile.
-template <Mode kMode>
+template <Mode kMode, int kThreads>
 __device__ __forceinline__ void write_vectors(const GenerateParams& p, const GenerateVectors& out) {
   enum { kKv, kNsa, kRows };  // the sums; rows may follow each other without gaps in DRAFT_EXTEND alone
   constexpr int kCount = kMode == Mode::kDraftExtend ? 3 : 2;
-  __shared__ Sums<kCount> warp_totals[2][kGenerateThreads / 32];
+  __shared__ Sums<kCount> warp_totals[2][kThreads / 32];
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
   const bool packed = kMode == Mode::kDraftExtend && p.packed;
   const bool needs_sums = out.cu_seqlens_k != nullptr || out.nsa_cu_seqlens_k != nullptr || packed;
@@ -59,10 +59,10 @@ __device__ __forceinline__ void write_vectors(const GenerateParams& p, const Gen
   Sums<kCount> carry{};
   int parity = 0;
 #pragma unroll 1
-  for (int32_t first = 0; first < p.bs; first += kGenerateThreads, parity ^= 1) {
+  for (int32_t first = 0; first < p.bs; first += kThreads, parity ^= 1) {
     const int32_t i = first + thread;
     const Request request = ahead;
-    if (i + kGenerateThreads < p.bs) ahead = load_request(p, kMode, i + kGenerateThreads);
+    if (i + kThreads < p.bs) ahead = load_request(p, kMode, i + kThreads);
     const int32_t rows = i < p.bs ? num_rows(p, kMode, request.accepted) : 0;
     const int32_t kv = kv_len(request.seq_len, out.seqlens_offset), cached = cache_seqlen(p, kMode, kv);
     int32_t row = i * p.rows_per_req;
@@ -75,7 +75,7 @@ __device__ __forceinline__ void write_vectors(const GenerateParams& p, const Gen
       }
       mine.value[kNsa] = nsa;
       if constexpr (kMode == Mode::kDraftExtend) mine.value[kRows] = static_cast<uint32_t>(rows);
-      const Sums<kCount> end = block_inclusive_sum(mine, warp_totals[parity], carry);
+      const Sums<kCount> end = block_inclusive_sum<kThreads>(mine, warp_totals[parity], carry);
       kv_end = end.value[kKv];
       nsa = end.value[kNsa] - nsa;
       if constexpr (kMode == Mode::kDraftExtend) row = packed ? static_cast<int32_t>(end.value[kRows]) - rows : row;

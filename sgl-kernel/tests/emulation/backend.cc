@@ -29,12 +29,9 @@ void launch_copy(const CopyParams& params, const Stream&) {
 }
 
 void launch_generate(const GenerateParams& params, const TableGrid& grid, const Stream&) {
-  constexpr auto kKernels =
-      std::array{nsa_metadata_generate_kernel<Mode::kDecode>, nsa_metadata_generate_kernel<Mode::kTargetVerify>,
-                 nsa_metadata_generate_kernel<Mode::kDraftExtend>};
-  const auto kernel = kKernels[static_cast<int32_t>(params.mode)];
-  emulation::block.launch(static_cast<uint32_t>(params.num_vectors + grid.blocks), kGenerateThreads,
-                          [&] { kernel(params, grid); });
+  const GenerateKernel kernel = generate_kernel(params.mode, grid.threads);
+  emulation::block.launch(static_cast<uint32_t>(params.num_vectors + grid.blocks), grid.threads,
+                          [&] { kernel(grid, params); });
 }
 
 void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Stream&) {
