@@ -12,9 +12,8 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise, repeat
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ class Share:
 
     name: str
     count: float
-    us: float
-    idle_us: float = 0.0  # of a kernel: how long nothing ran before it
+    us: float  # of kernels: by how much each prolongs the time in which one runs
+    idle_us: float = 0.0  # of kernels: how long nothing ran before each
 
 
 @dataclass(frozen=True)
@@ -83,20 +82,20 @@ def analyse(events: list[Event]) -> StepProfile:
     steps, first, last = len(starts) - 1, starts[0], starts[-1]
     inside = [event for event in device if first <= event["ts"] < last]
     in_graphs = sum(first <= event["ts"] < last for graph in graphs for event in graph)
-    busy, gaps = occupancy(inside, last)
+    runs, gaps = occupancy(inside, last)
     host_from, host_to = host_window(events, graphs, first, last)
     host = [e for e in events if e.get("cat") in HOST_CATEGORIES and host_from <= e["ts"] < host_to]
     return StepProfile(
         steps=steps,
         graphs_per_step=period,
         step_us=statistics.median(b - a for a, b in pairwise(starts)),
-        busy_us=busy / steps,
+        busy_us=sum(runs) / steps,
         launch_gap_us=sum(gap for gap in gaps if gap >= LAUNCH_GAP_US) / steps,
         kernel_gap_us=sum(gap for gap in gaps if gap < LAUNCH_GAP_US) / steps,
         kernels_per_step=len(inside) / steps,
         eager_per_step=(len(inside) - in_graphs) / steps,
-        kernels=shares(inside, steps, gaps),
-        host=shares(host, steps),
+        kernels=shares(inside, steps, runs, gaps),
+        host=shares(host, steps, [e["dur"] for e in host], [0.0] * len(host)),
     )
 
 
@@ -109,15 +108,16 @@ def find_period(sizes: list[int]) -> int:
     return 1
 
 
-def occupancy(events: list[Event], end: float) -> tuple[float, list[float]]:
-    """Time in which something runs, and how long nothing does before each event and until `end`."""
-    busy, gaps, reached = 0.0, [], events[0]["ts"]
+def occupancy(events: list[Event], end: float) -> tuple[list[float], list[float]]:
+    """By how much each event prolongs the time in which something runs (kernels may overlap), and how long
+    nothing does before each and until `end`."""
+    runs, gaps, reached = [], [], events[0]["ts"]
     for event in events:
         start, stop = event["ts"], min(event["ts"] + event["dur"], end)
         gaps.append(max(0.0, start - reached))
-        busy += max(0.0, stop - max(start, reached))
+        runs.append(max(0.0, stop - max(start, reached)))
         reached = max(reached, stop)
-    return busy, [*gaps, max(0.0, end - reached)]
+    return runs, [*gaps, max(0.0, end - reached)]
 
 
 def host_window(
@@ -131,11 +131,11 @@ def host_window(
     return min(launches), max(launches)
 
 
-def shares(events: Iterable[Event], steps: int, gaps: Iterable[float] = repeat(0.0)) -> list[Share]:
-    """By name; `gaps` are idle times before the events."""
+def shares(events: list[Event], steps: int, runs: list[float], gaps: list[float]) -> list[Share]:
+    """By name, of the events' `runs` and of the `gaps` before them."""
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for event, gap in zip(events, gaps):
-        found[short_name(event["name"])].append((event["dur"], gap))
+    for event, run, gap in zip(events, runs, gaps):
+        found[short_name(event["name"])].append((run, gap))
     rows = []
     for name, times in found.items():
         busy, idle = map(sum, zip(*times))
