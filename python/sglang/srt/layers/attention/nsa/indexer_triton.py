@@ -120,20 +120,27 @@ def _ordered_keys(scores, columns, live):
 @triton.jit
 def _kth_in_registers(scores, length, topk, TILE: tl.constexpr):
     """Of a row that fits one tile: a key, and how many of those equal to it are among the top-k. The k-th
-    highest is found bit by bit, as the greatest number that at least k keys reach, unless fewer bits part
-    exactly k from the rest."""
+    highest is found two bits at a time, as the greatest number that at least k keys reach, unless fewer bits
+    part exactly k from the rest."""
     columns = tl.arange(0, TILE)
     live = columns < length
     keys = tl.where(live, _ordered_keys(scores, columns, live), 0)  # nobody asks for keys of at least 0
     threshold = tl.zeros((), dtype=tl.uint32)
     reached = length
-    bit = tl.full((), 1 << 31, dtype=tl.uint32)
-    while (bit > 0) & (reached != topk):
-        count = tl.sum((keys >= (threshold | bit)).to(tl.int32), axis=0)
-        enough = count >= topk
-        threshold = tl.where(enough, threshold | bit, threshold)
-        reached = tl.where(enough, count, reached)
-        bit = bit >> 1
+    one = tl.full((), 1 << 30, dtype=tl.uint32)
+    while (one > 0) & (reached != topk):
+        # How many keys reach each of the three next numbers: counted in one sum, 16 bits each.
+        first = (keys >= (threshold | one)).to(tl.int64)
+        second = (keys >= (threshold | (one << 1))).to(tl.int64)
+        third = (keys >= (threshold | (one << 1) | one)).to(tl.int64)
+        counts = tl.sum(first + (second << 16) + (third << 32), axis=0)
+        for _ in tl.static_range(3):
+            count = (counts & 0xFFFF).to(tl.int32)
+            enough = count >= topk
+            threshold = tl.where(enough, threshold + one, threshold)
+            reached = tl.where(enough, count, reached)
+            counts = counts >> 16
+        one = one >> 2
     need = topk
     if reached != topk:  # several keys equal the k-th
         need = topk - tl.sum((keys > threshold).to(tl.int32), axis=0)
