@@ -244,6 +244,7 @@ class TpModelWorker:
 
     def _forward(self, step: StepInputs, sampling: SamplingBatchInfo) -> torch.Tensor:
         """Logits [bs * D, vocab] of all rows."""
+        self.steps.load_in_graph(step)
         return self.decode_step(step)
 
     def _after(self, step: StepInputs, sampling: SamplingBatchInfo) -> None:

@@ -99,9 +99,8 @@ class StepInputs:
         self.req_pool_indices[:n].copy_(req_pool_indices)
         self.req_pool_indices[n:].zero_()
 
-    def set_batch(self, req_pool_indices: torch.Tensor, pool: ReqToTokenPool) -> None:
-        """Names the batch and loads its committed lengths."""
-        self.set_requests(req_pool_indices)
+    def load_lengths(self, pool: ReqToTokenPool) -> None:
+        """The committed lengths of the batch."""
         torch.index_select(pool.seq_lens, 0, self.req_pool_indices, out=self.seq_lens)
 
 

@@ -28,6 +28,7 @@ class StepRunner:
         self.pool = pool
         self.views: dict[int, StepInputs] = {}  # of the static inputs, by captured batch size
         self._batch_sizes: list[int] = []
+        self.launches_need_lengths = True  # of metadata that the host refreshes before a replay
         self._loaded: torch.Tensor | None = None  # the requests that the static inputs hold
 
     @torch.inference_mode()
@@ -38,6 +39,7 @@ class StepRunner:
         self.views = {bs: static.view(bs) for bs in self._batch_sizes}
         for function in self.functions:
             function.plan(static, self.pool, self._batch_sizes)
+        self.launches_need_lengths = not all(f.backend.graph_metadata.in_graph for f in self.functions)
         # Graphs are replayed one after the other, so what one needs for itself may lie where another's was.
         memory_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         for graph in self.graphs:
@@ -52,5 +54,11 @@ class StepRunner:
         if not step.is_static or self._loaded is not req_pool_indices:
             step.set_requests(req_pool_indices)
             self._loaded = req_pool_indices if step.is_static else self._loaded
-        torch.index_select(self.pool.seq_lens, 0, step.req_pool_indices, out=step.seq_lens)
+        if not step.is_static or self.launches_need_lengths:
+            step.load_lengths(self.pool)
         return step
+
+    def load_in_graph(self, step: StepInputs) -> None:
+        """The first node of a captured step: what `load` has left to it."""
+        if step.is_static and not self.launches_need_lengths:
+            step.load_lengths(self.pool)

@@ -93,6 +93,7 @@ class EAGLEWorker(TpModelWorker):
     def _forward(self, step: StepInputs, sampling: SamplingBatchInfo) -> torch.Tensor:
         """Drafts, and the target's logits over them. The drafts' own sampling looks at no filter and no
         penalty: they are left to the target, which has the last word."""
+        self.steps.load_in_graph(step)
         rows = self.make_rows(step.req_pool_indices, step.seq_lens)
         self.draft_step(step, rows, sampling)
         return self.verify_step(step, rows)
