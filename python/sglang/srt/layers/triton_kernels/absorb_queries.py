@@ -9,7 +9,7 @@ import triton.language as tl
 from sglang.srt.layers.triton_kernels.launch import dependent_launch, wait_for_inputs
 from sglang.srt.layers.triton_kernels.rotate_queries import BLOCK_H, rotate_block
 
-BLOCK_T, BLOCK_C = 16, 128
+MAX_BLOCK_T, BLOCK_C = 64, 128
 
 
 @triton.jit
@@ -107,7 +107,8 @@ def absorb_queries(
     for tensor in (q, w_uk, q_nope, q_rope, other):
         assert tensor.stride(2) == 1
     block_c = min(BLOCK_C, max(16, triton.next_power_of_2(latent)))
-    row_blocks, latent_blocks = triton.cdiv(rows, BLOCK_T), triton.cdiv(latent, block_c)
+    block_t = min(MAX_BLOCK_T, max(16, triton.next_power_of_2(rows)))
+    row_blocks, latent_blocks = triton.cdiv(rows, block_t), triton.cdiv(latent, block_c)
     head_blocks = triton.cdiv(heads, BLOCK_H)
     index_heads = 0 if q_index is None else q_index.shape[1]
     index_blocks = triton.cdiv(index_heads, BLOCK_H)
@@ -139,7 +140,7 @@ def absorb_queries(
         LATENT_BLOCKS=latent_blocks,
         HEAD_BLOCKS=head_blocks,
         INDEX_BLOCKS=index_blocks,
-        BLOCK_T=BLOCK_T,
+        BLOCK_T=block_t,
         BLOCK_N=max(16, triton.next_power_of_2(nope)),
         BLOCK_C=block_c,
         BLOCK_H=BLOCK_H,
