@@ -47,9 +47,11 @@ def _ladder(bench: Bench) -> list[Row]:
     calls: dict[str, Call] = {"a Python call that does nothing": _nothing}
     if bench.cuda:
         calls["launch of an empty kernel (torch)"] = lambda: torch.cuda._sleep(0)
+    operator, builtin, max_len = generation.plan.run, generation.run, case.max_len
     calls |= {
         f"copy_ of {case.bs} int32": lambda: small[0].copy_(small[1]),
-        "the generation's operator (layout shared)": lambda: generation.run(case.max_len),
+        "the generation's operator (layout shared)": lambda: operator(max_len),
+        "the generation's builtin (layout shared)": lambda: builtin(max_len),
         "the replay call of the server (shared)": shared.call,
     }
     for name, path, copy in (("direct", "replicate", "direct"), ("fused", "replicate", "fused")):
