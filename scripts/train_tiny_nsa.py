@@ -38,7 +38,7 @@ from tokenizers import Tokenizer
 
 logger = logging.getLogger("train_tiny_nsa")
 NEW_TOKENS = 128  # decoded per prompt for the accept length
-QUICK_NEW_TOKENS = 32
+QUICK_NEW_TOKENS = 12
 SAMPLE_PROMPT = "def main():\n    import argparse\n    parser = argparse.ArgumentParser()\n"
 
 
@@ -141,7 +141,7 @@ def main() -> None:
     save_model(model, config, args.out)
     save_curve(trainer.history, args.out / "loss.png")
 
-    read, new_tokens = (20_000, QUICK_NEW_TOKENS) if args.quick else (None, NEW_TOKENS)
+    read, new_tokens = (4_000, QUICK_NEW_TOKENS) if args.quick else (None, NEW_TOKENS)
     figures = measure(args.out, tokenizer, held_out[:read], prompts, new_tokens)
     record = {
         "figures": figures,

@@ -14,7 +14,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-NEW_TOKENS = 30
+NEW_TOKENS = 20
 SPECULATIVE = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 4}
 
 
@@ -47,7 +47,7 @@ class Case:
     retracts: bool = False
 
 
-LITTLE_MEMORY = {"page_size": 4, "max_total_tokens": 4 * 110}
+LITTLE_MEMORY = {"page_size": 4, "max_total_tokens": 4 * 100}
 
 CASES = [
     Case("alone again", alone=True),
@@ -114,14 +114,14 @@ def test_tokens_do_not_change(case: Case, dummy_model: Path, expected: list[list
 def test_requests_differ(expected: list[list[int]]) -> None:
     """The comparison above would be worth little if all outputs were the same."""
     assert len({tuple(tokens) for tokens in expected}) == len(expected)
-    assert all(len(tokens) == NEW_TOKENS and len(set(tokens)) > 10 for tokens in expected)
+    assert all(len(tokens) == NEW_TOKENS and len(set(tokens)) > 8 for tokens in expected)
 
 
 def test_a_stop_inside_a_speculative_step_drops_what_follows(
     dummy_model: Path, expected: list[list[int]]
 ) -> None:
     engine = make_engine(dummy_model, **SPECULATIVE)
-    cuts = [want[: want.index(want[17]) + 1] for want in expected]
+    cuts = [want[: want.index(want[NEW_TOKENS // 2]) + 1] for want in expected]
     stopped = engine.generate(
         input_ids=prompts(),
         sampling_params=[

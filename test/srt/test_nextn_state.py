@@ -71,7 +71,7 @@ CASES = [
     Case("chunked", {"chunked_prefill_size": 7}),
     Case("warm", rounds=2),
     Case("warm and chunked", {"chunked_prefill_size": 21}, temperature=0.7, rounds=2),
-    Case("retracted", {"max_total_tokens": PAGE * 16}, retracts=True),
+    Case("retracted", {"max_total_tokens": PAGE * 14}, retracts=True),
 ]
 
 
@@ -89,7 +89,7 @@ def add(engine: Engine, rid: str, tokens: list[int], seed: int, temperature: flo
 def states(engine: Engine, case: Case) -> Iterator[tuple[int, State, int]]:
     """Of every request before each of its decode steps: its number, its state, how many tokens that gave."""
     for i, prompt in enumerate(PROMPTS):
-        add(engine, str(i), prompt, i, case.temperature, 30)
+        add(engine, str(i), prompt, i, case.temperature, 22)
     scheduler = engine.scheduler
     scheduler.step()
     while not scheduler.is_idle:

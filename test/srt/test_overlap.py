@@ -16,12 +16,12 @@ PROMPTS = [
     for length in (5, 150, 33, 64, 9, 90)
 ]
 PARAMS: list[dict[str, Any]] = [
-    {"temperature": 0, "max_new_tokens": 40},
+    {"temperature": 0, "max_new_tokens": 26},
     {"temperature": 0, "max_new_tokens": 1},
-    {"temperature": 0.8, "seed": 3, "max_new_tokens": 33},
-    {"temperature": 0.8, "seed": 4, "top_p": 0.7, "top_k": 20, "max_new_tokens": 21},
-    {"temperature": 0, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "max_new_tokens": 37},
-    {"temperature": 0, "max_new_tokens": 60, "stop_token_ids": list(range(0, 250, 9))},
+    {"temperature": 0.8, "seed": 3, "max_new_tokens": 22},
+    {"temperature": 0.8, "seed": 4, "top_p": 0.7, "top_k": 20, "max_new_tokens": 15},
+    {"temperature": 0, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "max_new_tokens": 24},
+    {"temperature": 0, "max_new_tokens": 40, "stop_token_ids": list(range(0, 250, 9))},
 ]
 
 
@@ -41,7 +41,7 @@ def answers(model: Path, rounds: list[list[int]], overlaps: bool = False, **args
     return found
 
 
-ROUNDS = [[0], [2], [3], [0, 2, 5], list(range(len(PROMPTS)))]
+ROUNDS = [[0], [3], [0, 2, 5], list(range(len(PROMPTS)))]
 
 
 @pytest.fixture(scope="module")

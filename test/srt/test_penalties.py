@@ -26,7 +26,7 @@ from test_engine_invariance import CASES, SPECULATIVE, Case, make_engine, prompt
 from tiny_models import PagedDriver
 
 VOCAB, EOS = 12, 3
-NEW_TOKENS = 26
+NEW_TOKENS = 20
 CHOSEN = {  # of the cases in which tokens may not change
     "in a batch",
     "chunked",
@@ -254,10 +254,9 @@ def test_a_penalty_that_ends_a_run_inside_a_verification(dummy_model: Path) -> N
             target.lm_head.weight.copy_(embed)
             if args:
                 models[1].eh_proj.weight[:, : embed.shape[1]].copy_(torch.eye(embed.shape[1]))
-        params = {"temperature": 0, "max_new_tokens": 70, "ignore_eos": True, "frequency_penalty": 2.0}
-        outputs.append(
-            [engine.generate(input_ids=[7, t], sampling_params=params)["output_ids"] for t in range(5)]
-        )
+        params = {"temperature": 0, "max_new_tokens": 45, "ignore_eos": True, "frequency_penalty": 2.0}
+        results = engine.generate(input_ids=[[7, t] for t in range(5)], sampling_params=params)
+        outputs.append([result["output_ids"] for result in results])
     assert outputs[0] == outputs[1]
     assert all(len(set(tokens)) > 1 for tokens in outputs[0])
 
@@ -280,12 +279,13 @@ def test_min_new_tokens(stop: str, args: dict[str, Any], dummy_model: Path, refe
     """Every token is made likely to end the request; none may before its time, and then one soon does."""
     engine = make_engine(dummy_model, **args)
     ends = sorted(reference.config.eos_token_ids) if stop == "eos" else list(range(0, 320, 2))
-    for prompt, count in zip(prompts(), (0, 1, 2, 7, 30)):
-        params = {"temperature": 0, "max_new_tokens": 40, "min_new_tokens": count}
-        params |= {"logit_bias": {str(t): 60.0 for t in ends}}
-        if stop == "stop_token_ids":
-            params["stop_token_ids"] = ends
-        result = engine.generate(input_ids=prompt, sampling_params=params)
+    common = {"temperature": 0, "max_new_tokens": 40, "logit_bias": {str(t): 60.0 for t in ends}}
+    if stop == "stop_token_ids":
+        common["stop_token_ids"] = ends
+    counts = (0, 1, 2, 7, 14)
+    requests = [common | {"min_new_tokens": count} for count in counts]
+    results = engine.generate(input_ids=prompts()[: len(counts)], sampling_params=requests)
+    for prompt, count, params, result in zip(prompts(), counts, requests, results):
         assert len(result["output_ids"]) == count + 1
         assert result["meta_info"]["finish_reason"]["type"] == "stop"
         wanted = SamplingParams(

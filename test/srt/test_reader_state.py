@@ -27,6 +27,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dummy_model(tmp_path_factory.mktemp("dummy"))
 
 
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    """The tokens, which none of the cases may change."""
+    return generate(make_worker(model), PROMPTS, NEW_TOKENS)
+
+
 @dataclass
 class CheckedOps:
     """The torch implementation behind a reader's state that it checks at every call."""
@@ -77,7 +83,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_states_are_those_of_the_rows_in_every_pass(
-    case: Case, model: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[CheckedOps] = []
 
@@ -86,14 +92,13 @@ def test_states_are_those_of_the_rows_in_every_pass(
         ops = built[-1]
         return replace(ops.ops, sparse_mla=ops.sparse_mla, prepare=ops.prepare)
 
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch_alone", IMPLEMENTATIONS["torch"])
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch", replace(IMPLEMENTATIONS["torch"], build=build))
     speculation = {} if case.steps is None else speculative(case.steps)
     with (
         envs.SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA.override(case.precompute),
         envs.SGLANG_NSA_VERIFY_METADATA.override(True),
     ):
-        expected = generate(make_worker(model, **speculation, **case.args), PROMPTS, NEW_TOKENS)
-        monkeypatch.setitem(IMPLEMENTATIONS, "torch_alone", IMPLEMENTATIONS["torch"])
-        monkeypatch.setitem(IMPLEMENTATIONS, "torch", replace(IMPLEMENTATIONS["torch"], build=build))
         worker = make_worker(model, **speculation, **case.args)
         prefill, decode = built
         before = len(decode.prepared)

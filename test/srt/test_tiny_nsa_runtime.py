@@ -25,7 +25,7 @@ def engine() -> Iterator[Engine]:
 
 def test_accept_length_on_held_out_prompts(engine: Engine) -> None:
     rows = [json.loads(line) for line in (MODEL / "held_out.jsonl").read_text().splitlines()]
-    outputs = engine.generate([row["prompt"] for row in rows[:12]], GREEDY)
+    outputs = engine.generate([row["prompt"] for row in rows[:8]], GREEDY)
     tokens = sum(output["meta_info"]["completion_tokens"] for output in outputs)
     verifies = sum(output["meta_info"]["spec_verify_ct"] for output in outputs)
     assert tokens / verifies > ACCEPT_LENGTH_FLOOR

@@ -1,9 +1,10 @@
 // Enough of CUDA to run the kernels on the CPU, thread by thread, so that the device code itself is tested
 // where there is no GPU: a block is a fiber for each thread, which meet at barriers. Aborts on a misaligned load
 // and on a barrier that not all threads of the block reach (the kernels use block-wide collectives only). Not
-// fast, and not concurrent.
+// concurrent. Fibers are kept from launch to launch, and switched by _longjmp: swapcontext is a system call.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -51,66 +52,77 @@ class Block {
   // Runs `kernel` once per thread of every block, the last block first: no order may matter.
   void launch(uint32_t blocks, int threads, const std::function<void()>& kernel) {
     if (threads > kMaxThreads) fail("more threads than a block of the emulation has");
+    if (blocks == 0) return;
+    for (; started_ < threads; ++started_) start(started_);
     kernel_ = kernel;
     threads_ = threads;
     gridDim.x = blocks;
-    for (blockIdx.x = blocks; blockIdx.x-- > 0;) run();
+    blockIdx.x = blocks - 1;
+    if (_setjmp(launcher_) == 0) resume(0);
   }
 
-  void barrier() { swapcontext(&fibers_[current_], &scheduler_); }
+  // A round ends with all threads at the same barrier, or all at their end.
+  void barrier() {
+    if (_setjmp(fibers_[current_]) != 0) return;
+    if (current_ + 1 < threads_) resume(current_ + 1);
+    if (finished_ == threads_) {
+      finished_ = 0;
+      if (blockIdx.x-- == 0) _longjmp(launcher_, 1);
+    } else if (finished_ != 0) {
+      fail("a barrier that not all threads reach");
+    }
+    ++round_;
+    resume(0);
+  }
 
-  // Every thread gives a value and sees those of all others.
+  // Every thread gives a value and sees those of all others. Two arrays in turn, for those that are a barrier ahead.
   template <typename Read>
-  uint32_t exchange(uint32_t value, Read read) {
+  uint64_t exchange(uint64_t value, Read read) {
+    uint64_t* const values = values_[round_ & 1];
     const int me = current_;
-    values_[me] = value;
+    values[me] = value;
     barrier();
-    const uint32_t result = read(me, values_);
-    barrier();
-    return result;
+    return read(me, values);
   }
 
  private:
-  void run() {
-    for (int t = 0; t < threads_; ++t) start(t);
-    int finished = 0;
-    while (finished == 0) {  // a round ends with all threads at the same barrier, or all at their end
-      finished = 0;
-      for (current_ = 0; current_ < threads_; ++current_) {
-        done_ = false;
-        threadIdx.x = static_cast<uint32_t>(current_);
-        swapcontext(&scheduler_, &fibers_[current_]);
-        finished += done_;
-      }
-    }
-    if (finished != threads_) fail("a barrier that not all threads reach");
-  }
-
+  // Makes the fiber of a thread, which waits at the begin of its first kernel.
   void start(int thread) {
-    ucontext_t& fiber = fibers_[thread];
+    ucontext_t fiber;
     getcontext(&fiber);
     fiber.uc_stack.ss_sp = stacks_.data() + thread * kStackBytes;
     fiber.uc_stack.ss_size = kStackBytes;
-    fiber.uc_link = &scheduler_;
-    makecontext(&fiber, enter, 0);
+    makecontext(&fiber, run_kernels, 0);
+    current_ = thread;
+    swapcontext(&starter_, &fiber);
   }
 
-  static void enter();
+  static void run_kernels();
+
+  [[noreturn]] void resume(int thread) {
+    current_ = thread;
+    threadIdx.x = static_cast<uint32_t>(thread);
+    _longjmp(fibers_[thread], 1);
+  }
 
   std::function<void()> kernel_;
-  ucontext_t scheduler_, fibers_[kMaxThreads];
+  ucontext_t starter_;
+  jmp_buf launcher_, fibers_[kMaxThreads];
   std::vector<char> stacks_ = std::vector<char>(static_cast<size_t>(kMaxThreads) * kStackBytes);
-  uint32_t values_[kMaxThreads];
-  int threads_ = 0;
-  int current_ = 0;
-  bool done_ = false;
+  uint64_t values_[2][kMaxThreads];
+  int started_ = 0, threads_ = 0, current_ = 0, finished_ = 0;
+  uint32_t round_ = 0;
 };
 
 inline Block block;
 
-inline void Block::enter() {
-  block.kernel_();
-  block.done_ = true;
+inline void Block::run_kernels() {
+  if (_setjmp(block.fibers_[block.current_]) == 0) setcontext(&block.starter_);
+  for (;;) {
+    block.kernel_();
+    ++block.finished_;
+    block.barrier();
+  }
 }
 
 }  // namespace emulation
@@ -123,33 +135,31 @@ T __ldg(const T* address) {
 
 inline void __syncthreads() { emulation::block.barrier(); }
 
-inline uint32_t __shfl_up_sync(unsigned, uint32_t value, int step) {
-  return emulation::block.exchange(
-      value, [&](int me, const uint32_t* values) { return me % emulation::kWarp >= step ? values[me - step] : value; });
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int step) {
+  return static_cast<T>(emulation::block.exchange(static_cast<uint64_t>(value), [&](int me, const uint64_t* values) {
+    return values[me % emulation::kWarp >= step ? me - step : me];
+  }));
 }
 
-inline uint64_t __shfl_up_sync(unsigned mask, uint64_t value, int step) {
-  const uint64_t high = __shfl_up_sync(mask, static_cast<uint32_t>(value >> 32), step);
-  return high << 32 | __shfl_up_sync(mask, static_cast<uint32_t>(value), step);
-}
-
-inline int32_t __shfl_sync(unsigned, int32_t value, int lane) {
-  return static_cast<int32_t>(emulation::block.exchange(
-      static_cast<uint32_t>(value),
-      [&](int me, const uint32_t* values) { return values[me - me % emulation::kWarp + lane % emulation::kWarp]; }));
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return static_cast<T>(emulation::block.exchange(static_cast<uint64_t>(value), [&](int me, const uint64_t* values) {
+    return values[me - me % emulation::kWarp + lane % emulation::kWarp];
+  }));
 }
 
 inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {
-  return emulation::block.exchange(value, [](int me, const uint32_t* values) {
-    const uint32_t* const warp = values + (me - me % emulation::kWarp);
-    return std::accumulate(warp, warp + emulation::kWarp, uint32_t{0});
-  });
+  return static_cast<uint32_t>(emulation::block.exchange(value, [](int me, const uint64_t* values) {
+    const uint64_t* const warp = values + (me - me % emulation::kWarp);
+    return std::accumulate(warp, warp + emulation::kWarp, uint64_t{0});
+  }));
 }
 
 inline int32_t __reduce_max_sync(unsigned, int32_t value) {
   return static_cast<int32_t>(
-      emulation::block.exchange(static_cast<uint32_t>(value), [](int me, const uint32_t* values) {
-        const int32_t* const warp = reinterpret_cast<const int32_t*>(values) + (me - me % emulation::kWarp);
-        return static_cast<uint32_t>(*std::max_element(warp, warp + emulation::kWarp));
+      emulation::block.exchange(static_cast<uint64_t>(value), [](int me, const uint64_t* values) {
+        const int64_t* const warp = reinterpret_cast<const int64_t*>(values) + (me - me % emulation::kWarp);
+        return static_cast<uint64_t>(*std::max_element(warp, warp + emulation::kWarp));
       }));
 }
