@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from forked import run_script
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmark"
 BENCHMARK, REPLAY_BENCHMARK = FOLDER / "bench_fused_metadata_copy.py", FOLDER / "bench_replay_copy.py"
@@ -14,8 +14,8 @@ BENCHMARK, REPLAY_BENCHMARK = FOLDER / "bench_fused_metadata_copy.py", FOLDER / 
 def test_every_line_has_a_floor(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     arguments = ["--device", "cpu", "--bs", "2", "--cols", "256", "--repeats", "2", "--json", str(out)]
-    done = subprocess.run([sys.executable, str(BENCHMARK), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, output = run_script(BENCHMARK, *arguments, log=tmp_path / "log")
+    assert status == 0, output
     result = json.loads(out.read_text())
     assert result["limits"] == 0  # they are an H200's
     assert result["floors"]["bandwidth_gb_s"] > 0
@@ -29,10 +29,10 @@ def test_every_line_has_a_floor(tmp_path: Path) -> None:
 
 def test_the_replay_copy_is_measured_beside_its_competitors(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    sizes = ["--bs", "1", "3", "--width", "40", "--most-width", "64", "--repeats", "2", "--calls", "3"]
-    command = [sys.executable, str(REPLAY_BENCHMARK), "--device", "cpu", *sizes, "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--bs", "1", "3", "--width", "40", "--most-width", "64", "--repeats", "2", "--calls", "3"]
+    arguments += ["--device", "cpu", "--json", str(out)]
+    status, output = run_script(REPLAY_BENCHMARK, *arguments, log=tmp_path / "log")
+    assert status == 0, output
     results = json.loads(out.read_text())["results"]
     methods = ["six copy_", "_foreach_copy_", "fused_copy_replay_data", "ReplayCopyPlan"]
     assert [(r["bs"], r["method"]) for r in results] == [(bs, m) for bs in (1, 3) for m in methods]

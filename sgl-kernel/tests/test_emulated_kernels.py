@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import ForkedProcess, run_script
 
 TESTS = Path(__file__).resolve().parent
 LIBRARIES = TESTS.parent / "build" / "emulation"
@@ -23,15 +23,23 @@ CASES = [
     "test_replays.py",
     "test_sglang_calls.py",
 ]
-COMMANDS = {
-    "cases": ["-m", "pytest", "-q", "-m", "not gpu", *(str(TESTS / name) for name in CASES)],
-    "random cases": [str(TESTS / "fuzz_metadata.py"), "--seconds", "15", "--cases", "1500"],
-}
+ENVIRONMENT = os.environ | {"SGL_KERNEL_LIBRARY_DIR": str(LIBRARIES)}
+
+pytestmark = pytest.mark.skipif(not LIBRARIES.is_dir(), reason=f"{LIBRARIES.name} was not built")
 
 
-@pytest.mark.skipif(not LIBRARIES.is_dir(), reason=f"{LIBRARIES.name} was not built")
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
-def test_kernels(command: list[str]) -> None:
-    environment = {**os.environ, "SGL_KERNEL_LIBRARY_DIR": str(LIBRARIES)}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+def run_tests(*arguments: str) -> None:
+    sys.exit(pytest.main(list(arguments)))
+
+
+def test_cases(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    arguments = ["-q", "-m", "not gpu", *(str(TESTS / name) for name in CASES)]
+    process = ForkedProcess(run_tests, *arguments, env=ENVIRONMENT, log=log)
+    assert process.wait(500) == 0, log.read_text()[-4000:]
+
+
+def test_random_cases(tmp_path: Path) -> None:
+    arguments = ["--seconds", "60", "--cases", "1000"]
+    status, output = run_script(TESTS / "fuzz_metadata.py", *arguments, env=ENVIRONMENT, log=tmp_path / "log")
+    assert status == 0, output[-4000:]

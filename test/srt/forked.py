@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -76,6 +77,20 @@ def run_code(code: str, path: Sequence[str]) -> None:
     """As `python -c` with PYTHONPATH."""
     sys.path[:0] = path
     exec(code, {"__name__": "__main__"})
+
+
+def run_script(
+    script: Path, *arguments: str, log: Path, env: Mapping[str, str] = os.environ
+) -> tuple[int, str]:
+    """As `python script arguments`. Returns the exit status, and what it printed."""
+    process = ForkedProcess(_run_script, str(script), arguments, env=env, log=log)
+    return process.wait(500), log.read_text()
+
+
+def _run_script(script: str, arguments: Sequence[str]) -> None:
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
 
 
 def run_server(argv: Sequence[str]) -> None:

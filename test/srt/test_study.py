@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_script
 from server_fixture import ROOT
 
 sys.path.append(str(ROOT / "benchmark"))
@@ -26,9 +26,9 @@ from study import MARK, fill, results_of
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     """Every question that a CPU can answer, in one process as a user runs it."""
     folder = tmp_path_factory.mktemp("study")
-    command = [sys.executable, str(ROOT / "benchmark" / "study.py"), "--quick", "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    script = ROOT / "benchmark" / "study.py"
+    status, output = run_script(script, "--quick", "--out", str(folder), log=folder / "log")
+    assert status == 0, output
     return json.loads((folder / "study.json").read_text()), folder
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
-from forked import ForkedProcess, run_code
+from forked import run_script
 from server_fixture import ROOT
 from sglang.srt.entrypoints.engine import Engine
 from transformers import AutoTokenizer, DeepseekV32ForCausalLM
@@ -20,20 +19,10 @@ QUICK = ["--device", "cpu", "--quick", "--scale", "0.012", "--corpus", str(CORPU
 PROMPT = "def read_file(path):\n    with open(path) as"
 
 
-TRAIN = """
-import runpy, sys
-sys.argv = sys.argv[:1] + {arguments!r}
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
-
 def train(out: Path, *arguments: str) -> tuple[int, str]:
     """The exit status, and what it printed."""
     script = ROOT / "scripts" / "train_tiny_nsa.py"
-    code = TRAIN.format(arguments=["--out", str(out), *arguments], script=str(script))
-    log = out.with_suffix(".log")
-    process = ForkedProcess(run_code, code, [str(script.parent)], env=os.environ, log=log)
-    return process.wait(500), log.read_text()
+    return run_script(script, "--out", str(out), *arguments, log=out.with_suffix(".log"))
 
 
 @pytest.fixture(scope="module")
