@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server_fixture import ROOT, SPECULATIVE_FLAGS, RunningServer, launch
+from server_fixture import COMPUTED_ONCE, ROOT, SPECULATIVE_FLAGS, RunningServer, launch
 
 
 @pytest.fixture(scope="session")
@@ -24,11 +24,9 @@ def dummy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(dummy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One server for all tests that leave it as it was, by the command that users start it with: speculation
-    on, metadata computed once."""
+    """One server for all tests that leave it as it was: speculation on, metadata computed once."""
     log = tmp_path_factory.mktemp("server") / "server.log"
-    env = {"SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA": "1"}
-    with launch(dummy_model, log, *SPECULATIVE_FLAGS, as_command=True, **env) as running:
+    with launch(dummy_model, log, *SPECULATIVE_FLAGS, **COMPUTED_ONCE) as running:
         yield running
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import signal
 import subprocess
@@ -18,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     [
         "sglang.srt.entrypoints.http_process",
         "sglang.srt.managers.scheduler_runner",
@@ -41,7 +42,7 @@ class ForkedProcess:
     def __init__(
         self, function: Callable[..., Any], *args: Any, env: Mapping[str, str], log: Path | str
     ) -> None:
-        self._process = _context.Process(target=_run, args=(function, args, dict(env), str(log)))
+        self._process = context.Process(target=_run, args=(function, args, dict(env), str(log)))
         Path(log).touch()
         self._process.start()
 
@@ -93,13 +94,20 @@ def _run_script(script: str, arguments: Sequence[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def run_server(argv: Sequence[str]) -> None:
-    """As `python -m sglang.launch_server`; its scheduler is forked too where there is no CUDA to lose."""
+def run_server(argv: Sequence[str], constants: Mapping[str, float]) -> None:
+    """As `python -m sglang.launch_server`; its scheduler is forked too where there is no CUDA to lose.
+
+    `constants`: other values for what the modules name, by their full names.
+    """
+    import torch
     from sglang.launch_server import main
     from sglang.srt.entrypoints import scheduler_process
 
-    if "cuda" not in argv:
+    if "cuda" not in argv or torch.version.cuda is None:
         scheduler_process.START_METHOD = "fork"
+    for name, value in constants.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(pkgutil.resolve_name(owner), attribute, value)
     sys.argv = ["sglang.launch_server", *argv]
     sys.exit(main())
 

@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import httpx
 from forked import ForkedProcess, run_server
@@ -21,6 +23,7 @@ START_TIMEOUT = 300.0
 MODEL_NAME = "dummy"
 Process = subprocess.Popen[bytes] | ForkedProcess
 SPECULATIVE_FLAGS = ("--speculative-algorithm", "NEXTN", "--speculative-num-steps", "3")
+COMPUTED_ONCE = {"SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA": "1"}
 
 
 @dataclass
@@ -59,15 +62,22 @@ def free_port() -> int:
 
 
 def start_process(
-    model: Path, log: Path, port: int, *flags: str, as_command: bool = False, **env: str
+    model: Path,
+    log: Path,
+    port: int,
+    *flags: str,
+    as_command: bool = False,
+    constants: Mapping[str, float] = MappingProxyType({}),
+    **env: str,
 ) -> Process:
-    """`as_command`: by `python -m`, as users do; else forked from a process that has imported it."""
+    """`as_command`: by `python -m`, as users do; else forked from a process that has imported it, where
+    `constants` of the modules may have other values (`forked.run_server`)."""
     argv = ["--model-path", str(model), "--port", str(port), "--device", "cpu"]
     argv += ["--served-model-name", MODEL_NAME, "--max-total-tokens", "16384", *flags]
     path = [str(ROOT / "python"), str(ROOT / "sgl-kernel" / "python"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
     if not as_command:
-        return ForkedProcess(run_server, argv, env=environment | env, log=log)
+        return ForkedProcess(run_server, argv, dict(constants), env=environment | env, log=log)
     command = [sys.executable, "-m", "sglang.launch_server", *argv]
     with log.open("wb") as out:
         return subprocess.Popen(
@@ -76,23 +86,20 @@ def start_process(
 
 
 @contextmanager
-def launch(
-    model: Path, log: Path, *flags: str, as_command: bool = False, **env: str
-) -> Iterator[RunningServer]:
-    """A server that answers; ended when the context ends, whatever happened to it."""
-    with starting(model, log, *flags, as_command=as_command, **env) as server:
+def launch(model: Path, log: Path, *flags: str, **options: Any) -> Iterator[RunningServer]:
+    """A server that answers; ended when the context ends, whatever happened to it. `options`: as of
+    `start_process`."""
+    with starting(model, log, *flags, **options) as server:
         wait_ready(server)
         yield server
 
 
 @contextmanager
-def starting(
-    model: Path, log: Path, *flags: str, as_command: bool = False, **env: str
-) -> Iterator[RunningServer]:
+def starting(model: Path, log: Path, *flags: str, **options: Any) -> Iterator[RunningServer]:
     """As `launch`, while it loads still."""
     port = free_port()
     host = "[::1]" if "::1" in flags else "127.0.0.1"
-    process = start_process(model, log, port, *flags, as_command=as_command, **env)
+    process = start_process(model, log, port, *flags, **options)
     server = RunningServer(f"http://{host}:{port}", process, log)
     try:
         yield server

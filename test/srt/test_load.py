@@ -1,4 +1,4 @@
-"""Many requests at once: each answer equals the one that the same request gets alone, and
+"""Many requests at once: each answer equals the one that the same request gets alone, without a server, and
 at the end every page is back."""
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 import httpx
 import pytest
 from server_fixture import SPECULATIVE_FLAGS, RunningServer, launch
+from sglang.srt.entrypoints.engine import Engine
 
 TEMPLATES = 12
 # A cache too small for all that may run and pages that fill soon, so that requests are retracted.
-TIGHT_FLAGS = ("--max-total-tokens", "640", "--page-size", "16", "--max-running-requests", "24")
-TIGHT_FLAGS += ("--chunked-prefill-size", "96")
+TIGHT_FLAGS = ("--max-total-tokens", "416", "--page-size", "16", "--max-running-requests", "24")
+TIGHT_FLAGS += ("--chunked-prefill-size", "64")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Template:
 
 def random_body(rng: random.Random, shared: str) -> dict[str, Any]:
     """Long and short prompts, some with a common start; greedy and sampled; some with stops."""
-    prompt = shared[: rng.choice([0, 0, 70, 150])] + "".join(rng.choices("abcdef \n", k=rng.randint(1, 160)))
-    sampling: dict[str, Any] = {"max_new_tokens": rng.choice([1, 100, 200]), "temperature": 0}
+    prompt = shared[: rng.choice([0, 0, 40, 80])] + "".join(rng.choices("abcdef \n", k=rng.randint(1, 80)))
+    sampling: dict[str, Any] = {"max_new_tokens": rng.choice([1, 50, 100]), "temperature": 0}
     if rng.random() < 0.5:
         sampling |= {"temperature": 1.0, "top_p": 0.9, "seed": rng.randrange(2**63)}
     if rng.random() < 0.4:
@@ -41,16 +42,18 @@ def random_body(rng: random.Random, shared: str) -> dict[str, Any]:
     return {"text": prompt, "sampling_params": sampling}
 
 
-def make_templates(server: RunningServer) -> list[Template]:
+@pytest.fixture(scope="module")
+def templates(dummy_model: Path) -> list[Template]:
     rng = random.Random(5)
-    shared = "".join(rng.choices("uvwxyz", k=150))
-    templates = []
-    with server.client() as client:
-        for _ in range(TEMPLATES):
-            body = random_body(rng, shared)
-            answer = client.post("/generate", json=body).raise_for_status().json()
-            templates.append(Template(body, answer["text"], answer["meta_info"]["finish_reason"]))
-            client.post("/flush_cache").raise_for_status()
+    shared = "".join(rng.choices("uvwxyz", k=80))
+    bodies = [random_body(rng, shared) for _ in range(TEMPLATES)]
+    with Engine(model_path=str(dummy_model), device="cpu", disable_radix_cache=True) as engine:
+        answers = [engine.generate(body["text"], body["sampling_params"]) for body in bodies]
+    templates = [
+        Template(body, answer["text"], answer["meta_info"]["finish_reason"])
+        for body, answer in zip(bodies, answers)
+    ]
+    assert {template.finish_reason["type"] for template in templates} == {"length", "stop"}
     return templates
 
 
@@ -109,13 +112,13 @@ async def run_load(server: RunningServer, templates: list[Template], requests: i
 
 
 @pytest.mark.parametrize(
-    ("flags", "requests"), [((), 40), (SPECULATIVE_FLAGS, 80)], ids=["plain", "speculative"]
+    ("flags", "requests"), [((), 40), (SPECULATIVE_FLAGS, 50)], ids=["plain", "speculative"]
 )
-def test_load(dummy_model: Path, tmp_path: Path, flags: tuple[str, ...], requests: int) -> None:
+def test_load(
+    dummy_model: Path, templates: list[Template], tmp_path: Path, flags: tuple[str, ...], requests: int
+) -> None:
     env = {"SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA": str(int(bool(flags)))}
     with launch(dummy_model, tmp_path / "log", *TIGHT_FLAGS, *flags, **env) as server:
-        templates = make_templates(server)
-        assert {t.finish_reason["type"] for t in templates} == {"length", "stop"}
         asyncio.run(run_load(server, templates, requests))
         state = server.wait_state(num_running_reqs=0, num_waiting_reqs=0, leak=None)
         assert state["available_pages"] + state["evictable_pages"] == state["total_pages"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import msgspec
 import pytest
 import zmq
-from forked import ForkedProcess, run_code
 from sglang.srt.entrypoints import scheduler_process
 from sglang.srt.entrypoints.scheduler_process import SchedulerProcess
 from sglang.srt.managers.heartbeat import HeartbeatSender
@@ -52,9 +51,7 @@ class Peer:
         self.inbox = self.context.socket(zmq.PULL)
         self.inbox.bind(ports.tokenizer_ipc_name)
         server_args = ServerArgs(model_path=str(model), device="cpu", max_running_requests=2, **args)
-        self.process = multiprocessing.get_context("spawn").Process(
-            target=run_scheduler_process, args=(server_args, ports)
-        )
+        self.process = forked.context.Process(target=run_scheduler_process, args=(server_args, ports))
         self.process.start()
 
     def send(self, message: Any) -> None:
@@ -137,7 +134,7 @@ def test_no_compiler_is_imported(dummy_model: Path, tmp_path: Path) -> None:
     import TorchDynamo and sympy: 3 s of every start."""
     steps = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
     code = IMPORTED.format(model=str(dummy_model), steps=steps)
-    process = ForkedProcess(run_code, code, sys.path, env=os.environ, log=tmp_path / "log")
+    process = forked.ForkedProcess(forked.run_code, code, sys.path, env=os.environ, log=tmp_path / "log")
     assert process.wait(60) == 0
     assert "imported: set()" in (tmp_path / "log").read_text()
 

@@ -261,7 +261,7 @@ def test_flag_that_does_not_parse_is_named(monkeypatch: pytest.MonkeyPatch, text
 def test_flag_that_does_not_parse_stops_the_start(tmp_path: Path) -> None:
     argv = ["--model-path", "m", "--device", "cpu"]
     env = os.environ | {"SGLANG_NSA_VERIFY_METADATA": "perhaps"}
-    process = ForkedProcess(run_server, argv, env=env, log=tmp_path / "log")
+    process = ForkedProcess(run_server, argv, {}, env=env, log=tmp_path / "log")
     assert process.wait(180) != 0
     assert "SGLANG_NSA_VERIFY_METADATA='perhaps'" in (tmp_path / "log").read_text()
 
