@@ -146,12 +146,13 @@ def test_small_linear(rows: int, outputs: int, size: int, dtype: torch.dtype) ->
 )
 @pytest.mark.parametrize("normalise", [True, False])
 def test_route(experts: int, groups: int, top_groups: int, topk: int, normalise: bool) -> None:
-    from sglang.srt.layers.moe import choose_experts
+    from sglang.srt.layers.moe import RoutingRule, choose_experts
     from sglang.srt.layers.triton_kernels.route import route
 
     logits, bias = randn(33, experts), 0.1 * randn(experts)
-    found_weights, found = route(logits, bias, groups, top_groups, topk, normalise, 2.5)
-    weights, expected = choose_experts(logits, bias, groups, top_groups, topk, normalise, 2.5)
+    rule = RoutingRule(groups, top_groups, topk, normalise, 2.5)
+    found_weights, found = route(logits, bias, rule)
+    weights, expected = choose_experts(logits, bias, rule)
     order = expected.argsort(dim=1)
     assert torch.equal(found, expected.gather(1, order))
     torch.testing.assert_close(found_weights, weights.gather(1, order))

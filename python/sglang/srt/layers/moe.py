@@ -6,6 +6,8 @@ Source: DeepSeek-V3 (https://arxiv.org/abs/2412.19437), sections 2.1.2 (gating, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,12 +50,32 @@ class GatedMLP(Layer):
         return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
 
 
+class RoutingRule(NamedTuple):
+    """How many experts a token visits, and from where."""
+
+    groups: int
+    top_groups: int
+    topk: int
+    normalise: bool
+    scaling: float
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> RoutingRule:
+        return cls(
+            config.n_group,
+            config.topk_group,
+            config.num_experts_per_tok,
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+        )
+
+
 class TopkRouter(Layer):
     """Chooses experts by sigmoid score plus bias, within the best groups; weighs them by the score alone."""
 
     def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
         super().__init__()
-        self.config = config
+        self.rule = RoutingRule.of(config)
         experts = config.n_routed_experts
         weight = torch.empty((experts, config.hidden_size), dtype=torch.float32, device=device)
         bias = torch.empty(experts, dtype=torch.float32, device=device)
@@ -64,44 +86,33 @@ class TopkRouter(Layer):
     def forward(self, x: torch.Tensor, shared: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, hidden] -> weights [T, K] float32, experts [T, K] int64. Triton's kernel appends `shared`
         experts, with weight 1."""
-        cfg = self.config
-        rule = (
-            cfg.n_group,
-            cfg.topk_group,
-            cfg.num_experts_per_tok,
-            cfg.norm_topk_prob,
-            cfg.routed_scaling_factor,
-        )
         if self.fused:
             from sglang.srt.layers.triton_kernels.route import route
             from sglang.srt.layers.triton_kernels.small_linear import small_linear
 
-            return route(small_linear(x, self.weight), self.e_score_correction_bias, *rule, shared)
-        return choose_experts(F.linear(x.float(), self.weight), self.e_score_correction_bias, *rule)
+            logits = small_linear(x, self.weight)
+            return route(logits, self.e_score_correction_bias, self.rule, shared)
+        return choose_experts(F.linear(x.float(), self.weight), self.e_score_correction_bias, self.rule)
 
 
 def choose_experts(
     logits: torch.Tensor,  # [T, E], float32
     bias: torch.Tensor,  # [E], float32
-    groups: int,
-    top_groups: int,
-    topk: int,
-    normalise: bool,
-    scaling: float,
+    rule: RoutingRule,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weights [T, K] float32 and experts [T, K] int64, in any order."""
     scores = logits.sigmoid()
-    choice = (scores + bias).unflatten(-1, (groups, -1))  # [T, G, E / G]
-    if top_groups < groups:
+    choice = (scores + bias).unflatten(-1, (rule.groups, -1))  # [T, G, E / G]
+    if rule.top_groups < rule.groups:
         group_scores = choice.topk(2, dim=-1).values.sum(-1)  # [T, G]
-        best = group_scores.topk(top_groups, dim=-1, sorted=False).indices
+        best = group_scores.topk(rule.top_groups, dim=-1, sorted=False).indices
         closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
         choice = choice.masked_fill(closed[..., None], float("-inf"))
-    experts = choice.flatten(1).topk(topk, dim=-1, sorted=False).indices
+    experts = choice.flatten(1).topk(rule.topk, dim=-1, sorted=False).indices
     weights = scores.gather(1, experts)
-    if normalise:
+    if rule.normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * scaling, experts
+    return weights * rule.scaling, experts
 
 
 class RoutedExperts(Layer):

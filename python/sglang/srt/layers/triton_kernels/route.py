@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from sglang.srt.layers.triton_kernels.launch import dependent_launch, wait_for_inputs
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.moe import RoutingRule
 
 
 @triton.jit
@@ -72,18 +77,14 @@ def _route_kernel(
 def route(
     logits: torch.Tensor,  # [T, E], float32
     bias: torch.Tensor,  # [E], float32
-    groups: int,
-    top_groups: int,
-    topk: int,
-    normalise: bool,
-    scaling: float,
+    rule: RoutingRule,
     shared: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `moe.choose_experts`: weights [T, K] float32 and experts [T, K] int64, here by rising number. Behind
     them come `shared` experts that every row visits with weight 1: numbers E, E + 1, ..."""
     rows, num_experts = logits.shape
-    weights = torch.empty((rows, topk + shared), dtype=torch.float32, device=logits.device)
-    experts = torch.empty((rows, topk + shared), dtype=torch.int64, device=logits.device)
+    weights = torch.empty((rows, rule.topk + shared), dtype=torch.float32, device=logits.device)
+    experts = torch.empty((rows, rule.topk + shared), dtype=torch.int64, device=logits.device)
     if rows:
         _route_kernel[(rows,)](
             logits,
@@ -91,12 +92,12 @@ def route(
             weights,
             experts,
             num_experts,
-            num_experts // groups,
-            scaling,
-            GROUPS=groups,
-            TOP_GROUPS=top_groups,
-            TOPK=topk,
-            NORMALISE=normalise,
+            num_experts // rule.groups,
+            rule.scaling,
+            GROUPS=rule.groups,
+            TOP_GROUPS=rule.top_groups,
+            TOPK=rule.topk,
+            NORMALISE=rule.normalise,
             SHARED=shared,
             BLOCK=triton.next_power_of_2(num_experts),
             num_warps=1,
