@@ -104,7 +104,7 @@ class RequestMemory:
         self.allocator.free([page for page in req.pages if page not in cached])
         self.cache.unlock(req.cache_node)
         self.pool.req_to_token[req.req_pool_idx].zero_()
-        self.pool.seq_lens[req.req_pool_idx] = 1
+        self.pool.seq_lens[req.req_pool_idx].fill_(1)
         self.pool.free(req.req_pool_idx)
         req.req_pool_idx, req.cache_node, req.pages, req.kv_len = None, None, [], 0
 
@@ -142,12 +142,13 @@ class RequestMemory:
     def _write_state(self, req: Req) -> None:
         """Sets the request's row in the pool's tensors; each assignment is one fill on the device."""
         pool, index, params = self.pool, req.req_pool_idx, req.sampling_params
-        pool.seq_lens[index] = req.kv_len
-        pool.temperature[index] = params.temperature
-        pool.top_p[index] = params.top_p
-        pool.top_k[index] = max(params.top_k, 0)
-        pool.min_p[index] = params.min_p
-        pool.seed[index] = req.seed
+        row = slice(index, index + 1)  # to a single element torch copies from the host, and waits for it
+        pool.seq_lens[row] = req.kv_len
+        pool.temperature[row] = params.temperature
+        pool.top_p[row] = params.top_p
+        pool.top_k[row] = max(params.top_k, 0)
+        pool.min_p[row] = params.min_p
+        pool.seed[row] = req.seed
         pool.penalties.set_request(index, params, len(req.input_ids), req.output_ids)
 
     def _write_table(self, req: Req, first: int) -> None:

@@ -6,6 +6,8 @@ at once, so the calls can be captured in a CUDA graph and cost what the live len
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,7 @@ from .launch_triton import dependent_launch, wait_for_inputs
 
 # Scores [rows, width] held at once, in elements (float32): only long prefills need more than one chunk.
 CHUNK_ELEMENTS = 1 << 26
-TOPK_BLOCK = 1024  # scores that a program of the top-k looks at in one go
-TOPK_TILE = 8192  # scores that it holds in registers
-TOPK_WARPS = 16
+MANY_ROWS = 128  # for the top-k: fewer do not fill the device, so that each should be fast
 SCORES_WARPS = 4
 MAX_BLOCK_T = 32  # rows that a program of the scores takes
 FILLING_ROWS = 16  # fewer blocks of rows than that leave multiprocessors idle at short widths
@@ -226,13 +226,28 @@ def _topk_kernel(
             page = tl.load(page_table + columns, mask=columns < length, other=padding_slot)
             tl.store(slots + columns, page, mask=columns < topk)
     else:
-        if length <= TILE // 2:
+        if length <= TILE // 4:
+            threshold, need = _kth_in_registers(scores, length, topk, TILE // 4)
+        elif length <= TILE // 2:
             threshold, need = _kth_in_registers(scores, length, topk, TILE // 2)
         elif length <= TILE:
             threshold, need = _kth_in_registers(scores, length, topk, TILE)
         else:
             threshold, need = _kth_by_digits(scores, length, topk, BLOCK)
         _store_selected(scores, page_table, slots, length, threshold, need, BLOCK)
+
+
+@dataclass(frozen=True)
+class TopkTile:
+    """How a program of the top-k works on its row."""
+
+    keys: int  # that its registers hold: a longer row is read again and again
+    block: int  # keys that it stores the slots of in one go
+    warps: int
+
+    @classmethod
+    def choose(cls, rows: int) -> TopkTile:
+        return cls(8192, 1024, 4) if rows >= MANY_ROWS else cls(8192, 4096, 8)
 
 
 def select_topk(
@@ -260,6 +275,7 @@ def select_topk(
         return slots.fill_(padding_slot)
     step = max(1, CHUNK_ELEMENTS // width)
     scores = torch.empty((min(rows, step), -(-width // 16) * 16), dtype=torch.float32, device=q_index.device)
+    tile = TopkTile.choose(min(rows, step))
     # Rows of a request share a program's keys; where rows are few, more programs count for more.
     shared = table_rows is not None
     block_t = max(1, min(MAX_BLOCK_T, triton.next_power_of_2(rows) // FILLING_ROWS)) if shared else 1
@@ -315,9 +331,9 @@ def select_topk(
             table.stride(0),
             topk,
             padding_slot,
-            BLOCK=TOPK_BLOCK,
-            TILE=TOPK_TILE,
-            num_warps=TOPK_WARPS,
+            BLOCK=tile.block,
+            TILE=tile.keys,
+            num_warps=tile.warps,
             **dependent_launch(slots.device),
         )
     return slots
