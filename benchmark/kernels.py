@@ -3,7 +3,9 @@
     python benchmark/kernels.py --device cuda --json kernels.json
 
 Each is compared with the torch reference first. On CUDA a time is that of a replayed graph; of what takes
-several kernels, the profiler's time of each. Sizes are DeepSeek-V3.2's, on a CPU smaller ones.
+several kernels, the profiler's time of each. Beside it stands its floor: what its products take at the speed
+of a plain matrix product on this device, or its bytes at that of a plain copy, whichever is longer. Sizes
+are DeepSeek-V3.2's, on a CPU smaller ones.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 LATENT, ROPE = 512, 64
 CHECKED_ROWS = 8
+PEAK_SIZES = {"cuda": (8192, 1 << 30), "cpu": (256, 1 << 20)}  # side of the matrices, bytes of the copy
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,30 @@ SIZES = {
 }
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a case cannot do without."""
+
+    flops: int = 0
+    bytes: int = 0  # read and written, each once
+
+
 @dataclass
 class Measurement:
     kernel: str
     case: str
     implementation: str
     us: float
-    tflops: float  # of the products that the case needs
-    gbytes: float  # per second, of keys, scores or matrices that it must read
+    floor_us: float
+    ratio: float  # of the two
+    tflops: float
+    gbytes: float  # per second
     error: float  # largest difference from the reference, as a share of its largest value
 
     def __str__(self) -> str:
         return (
-            f"| {self.kernel} | {self.case} | {self.implementation} | {self.us:.1f} | {self.tflops:.1f} "
-            f"| {self.gbytes:.0f} | {self.error:.4f} |"
+            f"| {self.kernel} | {self.case} | {self.implementation} | {self.us:.1f} | {self.floor_us:.1f} "
+            f"| {self.ratio:.1f} | {self.tflops:.1f} | {self.gbytes:.0f} | {self.error:.4f} |"
         )
 
 
@@ -86,6 +99,19 @@ class Bench:
         self.device, self.rounds, self.sizes = torch.device(device), rounds, SIZES[device]
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.generator = torch.Generator(device).manual_seed(0)
+        side, length = PEAK_SIZES[device]
+        a, b = self.normal(side, side), self.normal(side, side)
+        self.flops_per_us = 2 * side**3 / self.time(partial(torch.mm, a, b))
+        source = torch.empty(length, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        self.bytes_per_us = 2 * length / self.time(partial(target.copy_, source))
+
+    def measurement(
+        self, kernel: str, case: str, name: str, us: float, work: Work, error: float
+    ) -> Measurement:
+        floor = max(work.flops / self.flops_per_us, work.bytes / self.bytes_per_us)
+        speeds = work.flops / us / 1e6, work.bytes / us / 1e3
+        return Measurement(kernel, case, name, us, floor, us / floor, *speeds, error)
 
     def run(self) -> Iterator[Measurement]:
         yield from self.attention()
@@ -107,11 +133,13 @@ class Bench:
             some = slice(0, CHECKED_ROWS)
             expected = sparse_mla(q[some, :, :LATENT], q[some, :, LATENT:], kv, slots[some], scale)
             flops = 2 * rows * size.heads * keys * (2 * LATENT + ROPE)
-            read = rows * keys * (LATENT + ROPE) * kv.element_size()
+            distinct = min(rows * keys, size.context)
+            elements = distinct * (LATENT + ROPE) + rows * size.heads * (2 * LATENT + ROPE)
+            work = Work(flops, elements * kv.element_size() + 4 * rows * keys)
             for name, attend in self.implementations_of_attention(lengths):
                 error = relative_error(attend(q, kv, slots, scale)[some], expected)
                 us = self.time(partial(attend, q, kv, slots, scale))
-                yield measurement("sparse MLA", f"{rows} rows of {keys} keys", name, us, flops, read, error)
+                yield self.measurement("sparse MLA", f"{rows} rows of {keys} keys", name, us, work, error)
 
     def implementations_of_attention(
         self, lengths: torch.Tensor
@@ -167,12 +195,16 @@ class Bench:
                 len(set(a.tolist()) ^ set(b.tolist())) / 2 for a, b in zip(run()[last], expected)
             ]  # of equal scores but for the last bit, either may be taken
             error = sum(differing) / (len(differing) * size.topk)
-            pairs = int(lengths.sum())
-            flops, read = 2 * pairs * size.index_heads * size.index_dim, 4 * pairs
+            pairs = int(lengths[lengths > size.topk].sum())  # rows with fewer keys take them all
+            inputs = sum(t.numel() * t.element_size() for t in (q, weights))
+            inputs += requests * context * size.index_dim * keys.element_size()
+            scores = Work(2 * pairs * size.index_heads * size.index_dim, inputs + 4 * pairs)
+            picked = 4 * int(lengths.clamp(max=size.topk).sum())  # of the page table
+            topk = Work(bytes=4 * pairs + picked + 4 * rows * size.topk)
             for name, us in self.time_kernels(run).items():
+                work = topk if "topk" in name else scores
                 case = f"{rows} rows of {context} keys"
-                products = 0 if "topk" in name else flops
-                yield measurement("index", case, name, us, products, read, error)
+                yield self.measurement("index", case, name, us, work, error)
 
     def select_topk(self) -> Callable[..., torch.Tensor]:
         if self.device.type == "cpu":
@@ -196,12 +228,13 @@ class Bench:
                 arguments = (x, weights, experts, gate_up, down)
                 expected = one_expert_after_the_other(*arguments)
                 flops = 6 * rows * chosen * size.intermediate * size.hidden
-                read = 3 * len(experts.unique()) * size.intermediate * size.hidden * x.element_size()
+                matrices = 3 * len(experts.unique()) * size.intermediate * size.hidden
+                work = Work(flops, (matrices + 2 * x.numel()) * x.element_size())
                 for name, run in self.implementations_of_experts():
                     error = relative_error(run(*arguments), expected)
                     us = self.time(partial(run, *arguments))
                     case = f"{rows} rows, {chosen} of {count} experts"
-                    yield measurement("experts", case, name, us, flops, read, error)
+                    yield self.measurement("experts", case, name, us, work, error)
 
     def implementations_of_experts(self) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
         if self.device.type == "cpu":
@@ -255,12 +288,6 @@ class Bench:
         return {e.key: e.device_time_total / self.rounds for e in trace.key_averages() if e.device_time_total}
 
 
-def measurement(
-    kernel: str, case: str, name: str, us: float, flops: int, read: int, error: float
-) -> Measurement:
-    return Measurement(kernel, case, name, us, flops / us / 1e6, read / us / 1e3, error)
-
-
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
@@ -303,14 +330,23 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()
-    print("| kernel | case | implementation | us | TFLOP/s | GB/s | error |\n|---|---|---|---|---|---|---|")
+    bench = Bench(args.device, args.rounds)
+    print(
+        "| kernel | case | implementation | us | floor us | ratio | TFLOP/s | GB/s | error |\n"
+        + "|---" * 9
+        + "|"
+    )
     results = []
-    for result in Bench(args.device, args.rounds).run():
+    for result in bench.run():
         results.append(asdict(result))
         print(result, flush=True)
     if args.json:
-        text = json.dumps({"machine": environment(torch.device(args.device)), "results": results})
+        peaks = {"tflops": bench.flops_per_us / 1e6, "gbytes": bench.bytes_per_us / 1e3}
+        machine = environment(torch.device(args.device))
+        text = json.dumps({"machine": machine, "peaks": peaks, "results": results})
         args.json.write_text(text + "\n", encoding="utf-8")
+    speeds = f"{bench.flops_per_us / 1e6:.1f} TFLOP/s, {bench.bytes_per_us / 1e3:.0f} GB/s"
+    print(f"floors are those of {speeds}", file=sys.stderr)
     return 0
 
 
