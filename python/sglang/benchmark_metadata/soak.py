@@ -200,7 +200,8 @@ def _step(lane: Lane, simulation: Simulation, requests: list[int]) -> int:
     pool, rng = simulation.pool, simulation.random
     bs = lane.graphs[0].runner.padded(len(requests))
     step = lane.step.view(bs)
-    step.set_batch(torch.tensor(requests, dtype=torch.int32, device=pool.seq_lens.device), pool)
+    step.set_requests(torch.tensor(requests, dtype=torch.int32, device=pool.seq_lens.device))
+    step.load_lengths(pool)
     max_len = max((simulation.running[index] for index in requests), default=1) + DRAFT_TOKENS
     draft, verify, extend = lane.graphs
     draft.replay(bs, max_len)
