@@ -17,4 +17,6 @@ def test_every_kernel_is_checked_and_timed(tmp_path: Path) -> None:
     results = json.loads(out.read_text())["results"]
     assert {r["kernel"] for r in results} == {"sparse MLA", "index", "experts"}
     assert all(r["us"] > 0 and r["error"] < 1e-5 for r in results)
-    assert len(output.splitlines()) == 2 + len(results)
+    assert all(abs(r["ratio"] * r["floor_us"] - r["us"]) < 1e-6 * r["us"] for r in results)
+    *table, floors = output.splitlines()
+    assert len(table) == 2 + len(results) and floors.startswith("floors are those of")
