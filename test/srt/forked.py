@@ -84,11 +84,12 @@ def run_script(
     script: Path, *arguments: str, log: Path, env: Mapping[str, str] = os.environ
 ) -> tuple[int, str]:
     """As `python script arguments`. Returns the exit status, and what it printed."""
-    process = ForkedProcess(_run_script, str(script), arguments, env=env, log=log)
+    process = ForkedProcess(exec_script, str(script), arguments, env=env, log=log)
     return process.wait(500), log.read_text()
 
 
-def _run_script(script: str, arguments: Sequence[str]) -> None:
+def exec_script(script: str, arguments: Sequence[str]) -> None:
+    """As `python script arguments`."""
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")

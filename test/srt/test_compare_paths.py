@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked import run_script
 from server_fixture import ROOT
 
 sys.path.append(str(ROOT / "benchmark"))
@@ -22,11 +22,11 @@ STARTED = ("replicate, fused", "indirect")
 
 
 def test_paths_give_the_same_answers(dummy_model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmark" / "compare_paths.py"), "--model", str(dummy_model)]
-    command += ["--cases", "100x2", "30x1", "--output-len", "8", "--rounds", "1", "--steps", "3"]
-    command += ["--out", str(tmp_path / "out"), "--paths", *STARTED]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    flags = ["--model", str(dummy_model), "--cases", "100x2", "30x1", "--output-len", "8", "--rounds", "1"]
+    flags += ["--steps", "3", "--out", str(tmp_path / "out"), "--paths", *STARTED]
+    script = ROOT / "benchmark" / "compare_paths.py"
+    status, said = run_script(script, *flags, log=tmp_path / "said")
+    assert status == 0, said
     name = f"server_paths_{dummy_model.name}"
     result = json.loads((tmp_path / "out" / f"{name}.json").read_text())
     rows = result["rows"]

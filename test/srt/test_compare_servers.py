@@ -4,39 +4,59 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from server_fixture import MODEL_NAME, ROOT, SPECULATIVE_FLAGS, is_running
+from forked import ForkedProcess, exec_script, run_script
+from server_fixture import MODEL_NAME, ROOT, RunningServer, is_running
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import server_process
 from compare_servers import Case, Row, build_parser, candidates, table
 
+SCRIPT = ROOT / "benchmark" / "compare_servers.py"
+# Serves one port by what another answers.
+FORWARD = """
+import asyncio, sys
 
-def test_servers_by_turns_and_one_that_fails(dummy_model: Path, tmp_path: Path) -> None:
+async def copy(reader, writer):
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+async def answer(reader, writer):
+    there = await asyncio.open_connection("127.0.0.1", int(sys.argv[2]))
+    await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+
+async def main():
+    async with await asyncio.start_server(answer, "127.0.0.1", int(sys.argv[1])) as server:
+        await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+def test_servers_by_turns_and_one_that_fails(
+    server: RunningServer, dummy_model: Path, tmp_path: Path
+) -> None:
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
-    launch = f"{sys.executable} -m sglang.launch_server --model-path {dummy_model} --device cpu"
-    flags = f"--port {{port}} --served-model-name {MODEL_NAME} {' '.join(SPECULATIVE_FLAGS)}"
-    path = ":".join([str(ROOT / "python"), str(ROOT / "sgl-kernel" / "python")])
-    command = [
-        sys.executable,
-        str(ROOT / "benchmark" / "compare_servers.py"),
-        "--model-path",
-        str(dummy_model),
-    ]
-    command += ["--ours", "ours", "--max-total-tokens 8192", "--server", "broken", "echo {port} is no server"]
+    flags = ["--model-path", str(dummy_model), "--steps", "3"]
+    flags += ["--ours", "ours", f"--max-total-tokens 8192 --served-model-name {MODEL_NAME}"]
+    flags += ["--server", "broken", "echo {port} is no server"]
     # Behind a shell, in a session of its own, and asked as OpenAI's servers are.
-    command += ["--server", "theirs", f"PYTHONPATH={path}:$PYTHONPATH setsid {launch} {flags} & wait", "vllm"]
-    command += ["--cases", "40x1", "30x3", "--output-len", "6", "--rounds", "1", "--together", "--steps", "3"]
-    command += ["--json", str(out), "--plot", str(picture), "--logs", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "broken: the server ended with exit code 0; see" in done.stderr
+    (tmp_path / "forward.py").write_text(FORWARD)
+    forward = f"{sys.executable} {tmp_path / 'forward.py'} {{port}} {server.url.rpartition(':')[2]}"
+    flags += ["--server", "theirs", f"setsid {forward} & wait", "vllm"]
+    flags += ["--cases", "40x1", "30x3", "--output-len", "6", "--rounds", "1", "--together"]
+    flags += ["--json", str(out), "--plot", str(picture), "--logs", str(tmp_path)]
+    status, said = run_script(SCRIPT, *flags, log=tmp_path / "said")
+    assert status == 1, said
+    assert "broken: the server ended with exit code 0; see" in said
     results = json.loads(out.read_text())["results"]
     assert [(r["case"], r["server"]) for r in results] == [
         (case, server) for case in ("40x1", "30x3") for server in ("ours", "theirs")
@@ -45,22 +65,21 @@ def test_servers_by_turns_and_one_that_fails(dummy_model: Path, tmp_path: Path) 
         (figures,) = result["rounds"]
         assert result["failed"] == 0 and all(value > 0 for value in figures.values())
         assert (result["accept_length"] is not None) == (result["server"] == "ours")  # vllm's form has none
-    assert done.stdout.splitlines()[-1].startswith("| 30x3 | ") and picture.stat().st_size > 1000
+    assert "\n| 30x3 | " in said and picture.stat().st_size > 1000
 
 
 def test_who_ends_it_ends_its_servers(tmp_path: Path) -> None:
     """By SIGTERM, as `timeout` sends it, it died at once and its servers stayed."""
     serve = f"cd {tmp_path}; echo $$ > pid; exec {sys.executable} -m http.server {{port}}"
-    command = [sys.executable, str(ROOT / "benchmark" / "compare_servers.py"), "--model-path", str(tmp_path)]
-    command += ["--server", "never ready", serve, "--cases", "1x1", "--json", str(tmp_path / "out.json")]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    flags = ["--model-path", str(tmp_path), "--cases", "1x1", "--json", str(tmp_path / "out.json")]
+    flags += ["--server", "never ready", serve]
+    running = ForkedProcess(exec_script, str(SCRIPT), flags, env=os.environ, log=tmp_path / "said")
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.05)
     running.terminate()
-    _, errors = running.communicate(timeout=60)
-    assert running.returncode == 1 and b"interrupted: SystemExit(143)" in errors
+    assert running.wait(60) == 1 and "interrupted: SystemExit(143)" in (tmp_path / "said").read_text()
     assert not is_running(int((tmp_path / "pid").read_text()))
     assert json.loads((tmp_path / "out.json").read_text())["results"] == []
 

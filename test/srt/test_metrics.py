@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -124,13 +125,15 @@ def test_gauges_of_the_cache(idle: httpx.Client) -> None:
         assert values["token_usage"] == values["num_used_tokens"] / 16384
         assert values["num_pages"] * values["page_size"] == 16384 and values["context_len"] == 2048
 
-    thread = threading.Thread(target=generate, args=(idle, "y" * 200, 400))
+    thread = threading.Thread(target=generate, args=(idle, "y" * 200, 1800))
     thread.start()
     seen = gauges()
     while not seen["num_used_tokens"]:
         assert thread.is_alive(), "the request ended before its pages were seen"
+        time.sleep(0.02)
         seen = gauges()
     check(seen)
+    idle.post("/abort_request", json={"abort_all": True}).raise_for_status()
     thread.join()
     last = gauges()
     check(last)
