@@ -91,7 +91,7 @@ def test_more_work_than_32_bits_count(device: str) -> None:
     assert schedule == [list(divmod(start, segments)) for start in starts]
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**40))
 def test_random(seed: int) -> None:
     rng = random.Random(seed)

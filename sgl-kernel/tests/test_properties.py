@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 COMMON = settings(
-    max_examples=150,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
@@ -34,7 +34,7 @@ def test_generate(data: st.DataObject) -> None:
     ).check()
 
 
-@settings(max_examples=1200, deadline=None, derandomize=True)
+@settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.integers(0, 2**40))
 def test_seeded_cases(seed: int) -> None:
     """Hypothesis keeps drawn cases small; a seeded generator reaches the large ones too."""

@@ -36,7 +36,7 @@ def test_equals_plain_copies(case: ReplayCase, device: str) -> None:
 
 
 @settings(
-    max_examples=300,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],

@@ -19,6 +19,9 @@ PROMPTS = [
     for length in (5, 59, 27)  # with the new tokens beyond a page, and beyond the indexer's top-k
 ]
 NEW_TOKENS = 16
+Temperatures = tuple[float, ...]
+GREEDY: Temperatures = (0.0, 0.0, 0.0)  # captured apart from the others
+MIXED: Temperatures = (0.9, 0.0, 0.9)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +30,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(model: Path) -> dict[float, list[list[int]]]:
-    """What decoding without drafts says, by temperature."""
+def plain(model: Path) -> dict[Temperatures, list[list[int]]]:
+    """What decoding without drafts says."""
     worker = make_worker(model, disable_cuda_graph=True)
-    return {t: generate(worker, PROMPTS, NEW_TOKENS, t) for t in (0.0, 0.9)}
+    return {t: generate(worker, PROMPTS, NEW_TOKENS, t) for t in (GREEDY, MIXED)}
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,12 @@ class Case:
     steps: int = 3
     precompute: bool = True
     args: dict[str, Any] = field(default_factory=dict)
+    temperatures: tuple[Temperatures, ...] = (MIXED,)
 
 
+BOTH = (GREEDY, MIXED)
 CASES = [
-    Case("baseline", precompute=False),
+    Case("baseline", precompute=False, temperatures=BOTH),
     Case("one-step", steps=1),
     Case("many-steps", steps=9),
     Case("no-graph", args={"disable_cuda_graph": True}),
@@ -51,11 +56,18 @@ CASES = [
     Case("page-size-1", args={"page_size": 1}),
     Case("page-size-16", args={"page_size": 16}),
     Case("committed", args={"nsa_draft_seqlens": "committed"}),
-    *(Case(f"copy-{copy}", args={"nsa_metadata_copy": copy}) for copy in ("torch", "direct", "fused")),
     *(
-        Case(f"{layout}-{rule}", args={"nsa_metadata_layout": layout, "nsa_draft_seqlens": rule})
+        Case(f"copy-{copy}", args={"nsa_metadata_copy": copy}, temperatures=temperatures)
+        for copy, temperatures in (("torch", (MIXED,)), ("direct", (MIXED,)), ("fused", BOTH))
+    ),
+    *(
+        Case(
+            f"{layout}-{rule}",
+            args={"nsa_metadata_layout": layout, "nsa_draft_seqlens": rule},
+            temperatures=temperatures,
+        )
         for layout in ("shared", "in_graph", "indirect")
-        for rule in ("committed", "step")
+        for rule, temperatures in (("committed", (MIXED,)), ("step", BOTH))
     ),
 ]
 
@@ -74,7 +86,7 @@ ON_DEVICES = [pytest.param(case, "cpu", id=f"cpu-{case.name}") for case in CASES
 
 @pytest.mark.parametrize(("case", "device"), ON_DEVICES)
 def test_same_tokens_with_every_metadata_path(
-    case: Case, device: str, model: Path, plain: dict[float, list[list[int]]]
+    case: Case, device: str, model: Path, plain: dict[Temperatures, list[list[int]]]
 ) -> None:
     """On both devices the tokens are those of plain decoding on the CPU."""
     with (
@@ -82,8 +94,8 @@ def test_same_tokens_with_every_metadata_path(
         envs.SGLANG_NSA_VERIFY_METADATA.override(True),
     ):
         worker = make_worker(model, device=device, dtype="float32", **speculative(case.steps, **case.args))
-        for temperature, expected in plain.items():
-            assert generate(worker, PROMPTS, NEW_TOKENS, temperature) == expected
+        for temperatures in case.temperatures:
+            assert generate(worker, PROMPTS, NEW_TOKENS, temperatures) == plain[temperatures]
     state = worker.internal_state()
     assert state["nsa_metadata"]["draft_backends"] == case.steps - 1
     assert (state["nsa_metadata"]["replays"] > 0) == (not case.args.get("disable_cuda_graph"))
@@ -111,14 +123,14 @@ def test_verification_compares_the_lengths_of_host_and_device(model: Path, args:
 
 @pytest.mark.parametrize("layout", ["replicate", "in_graph", "indirect"])
 def test_decode_without_drafts_has_the_layouts_too(
-    layout: str, model: Path, plain: dict[float, list[list[int]]]
+    layout: str, model: Path, plain: dict[Temperatures, list[list[int]]]
 ) -> None:
     with (
         envs.SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA.override(True),
         envs.SGLANG_NSA_VERIFY_METADATA.override(True),
     ):
         worker = make_worker(model, nsa_metadata_layout=layout)
-        assert generate(worker, PROMPTS, NEW_TOKENS, 0.9) == plain[0.9]
+        assert generate(worker, PROMPTS, NEW_TOKENS, MIXED) == plain[MIXED]
     assert worker.internal_state()["nsa_metadata"]["replays"] > 0
 
 
@@ -147,7 +159,7 @@ def test_rigged_drafts(model: Path, steps: int, drafts_are_right: bool, temperat
     with torch.inference_mode():
         rig(worker, drafts_are_right)
     vocab = worker.vocab_size
-    outputs = generate(worker, PROMPTS, NEW_TOKENS, temperature)
+    outputs = generate(worker, PROMPTS, NEW_TOKENS, [temperature] * len(PROMPTS))
     for prompt, output in zip(PROMPTS, outputs):
         assert output == [(prompt[-1] + 1 + i) % vocab for i in range(NEW_TOKENS)]
     expected = steps + 1 if drafts_are_right else 1

@@ -25,11 +25,15 @@ def speculative(steps: int, **args: Any) -> dict[str, Any]:
 
 
 def generate(
-    worker: TpModelWorker, prompts: Sequence[list[int]], new_tokens: int, temperature: float = 0.0
+    worker: TpModelWorker,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    temperatures: Sequence[float] | None = None,
 ) -> list[list[int]]:
-    """The first `new_tokens` tokens after each prompt; seeds are 0, 1, ..."""
+    """The first `new_tokens` tokens after each prompt, by default the greedy ones; seeds are 0, 1, ..."""
     pages = itertools.count(1)
-    reqs = [_admit(worker, i, prompt, new_tokens, temperature, pages) for i, prompt in enumerate(prompts)]
+    each = enumerate(zip(prompts, temperatures or [0.0] * len(prompts), strict=True))
+    reqs = [_admit(worker, i, prompt, new_tokens, t, pages) for i, (prompt, t) in each]
     output = worker.prefill([PrefillChunk(req, req.input_ids, None) for req in reqs])
     for req, tokens in zip(reqs, output.tokens):
         req.kv_len, req.output_ids = len(req.input_ids), list(tokens)
