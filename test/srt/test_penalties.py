@@ -214,10 +214,7 @@ def expected(reference: Reference) -> list[list[int]]:
     ]
 
 
-def generate(engine: Engine, params: list[dict[str, Any]], alone: bool = False) -> list[list[int]]:
-    if alone:
-        pairs = zip(prompts(), params)
-        return [engine.generate(input_ids=ids, sampling_params=one)["output_ids"] for ids, one in pairs]
+def generate(engine: Engine, params: list[dict[str, Any]]) -> list[list[int]]:
     results = engine.generate(input_ids=prompts(), sampling_params=params)
     return [result["output_ids"] for result in results]
 
@@ -227,9 +224,8 @@ def test_tokens_equal_the_reference(case: Case, dummy_model: Path, expected: lis
     """The penalty of a verified row counts the drafts before it; a retracted request keeps its counts."""
     with envs.SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA.override(case.precompute):
         engine = make_engine(dummy_model, **case.args)
-    for _ in range(case.rounds):
-        for i, (got, want) in enumerate(zip(generate(engine, sampling_params(), case.alone), expected)):
-            assert got == want, f"request {i}"
+    for i, (got, want) in enumerate(zip(generate(engine, sampling_params()), expected)):
+        assert got == want, f"request {i}"
     (state,) = engine.get_server_info()["internal_states"]
     assert (state["num_retractions"] > 0) == case.retracts
     if case.args.get("speculative_algorithm"):
