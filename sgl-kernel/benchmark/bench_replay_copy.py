@@ -73,7 +73,7 @@ class ReplayInputs:
         sgl_kernel.fused_copy_replay_data(*self.sources, *self.destinations, self.bs, self.width)
 
     def fused_plan(self) -> None:
-        self.bound(self.sources, self.bs, self.width)
+        self.bound(self.bs, self.width, *self.sources)
 
     def methods(self) -> dict[str, Callable[[], None]]:
         return {

@@ -16,6 +16,7 @@ constexpr int kBlockThreads = 256;  // threads of a block, in the kernels that h
 constexpr int kBlocksPerSm = 5;     // resident together: 48 registers a thread, enough loads in flight for the memory
 
 struct CopyParams;
+struct ReplayCopyParams;
 struct GenerateParams;
 struct TableGrid;
 struct PagedMQAScheduleParams;
@@ -44,6 +45,7 @@ class Stream {
 
 // They enqueue and return at once (the CPU: when done).
 void launch_copy(const CopyParams& params, const Stream& stream);
+void launch_copy(const ReplayCopyParams& params, const Stream& stream);
 void launch_generate(const GenerateParams& params, const TableGrid& grid, const Stream& stream);
 void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Stream& stream);
 void launch_decode_inputs(const DecodeInputsParams& params, const Stream& stream);

@@ -46,6 +46,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
               "bool segment_major");
 
   m.def("metadata_replay_method() -> int");
+  m.def("replay_copy_method() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
@@ -71,6 +72,7 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
   m.impl("paged_mqa_schedule_once", sgl_kernel::paged_mqa_schedule_once);
   m.impl("metadata_replay_method", sgl_kernel::metadata_replay_method);
+  m.impl("replay_copy_method", sgl_kernel::replay_copy_method);
 }
 
 // What is called once a step is registered for the key that a plan, a tensor on the CPU, is dispatched to first: else

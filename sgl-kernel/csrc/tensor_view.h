@@ -49,30 +49,35 @@ inline void check_shim(AOTITorchError status, const char* what) {
 struct TensorView {
   FieldName name;
   AtenTensorHandle handle = nullptr;
-  char* data = nullptr;  // set by check_tensor, after the device is known to be right
+  char* data = nullptr;  // where there is a handle set by check_tensor, after the device is known to be right
   int32_t device_type = 0, device_index = 0, dtype = 0;
   int64_t element_size = 0;
   int64_t dim = 0, rows = 1, cols = 1;     // a 1-D tensor is one row
   int64_t row_stride = 0, col_stride = 1;  // elements
 };
 
+inline void set_shape(TensorView& view, int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  view.dim = dim;
+  if (dim == 1) {
+    view.cols = sizes[0], view.col_stride = strides[0];
+  } else if (dim == 2) {
+    view.rows = sizes[0], view.cols = sizes[1], view.row_stride = strides[0], view.col_stride = strides[1];
+  }
+}
+
 inline TensorView view_tensor(AtenTensorHandle handle, FieldName name) {
   TensorView view;
   view.name = name;
   view.handle = handle;
-  int64_t *sizes = nullptr, *strides = nullptr;
+  int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
   check_shim(aoti_torch_get_device_type(handle, &view.device_type), "a device type");
   check_shim(aoti_torch_get_device_index(handle, &view.device_index), "a device index");
   check_shim(aoti_torch_get_dtype(handle, &view.dtype), "a dtype");
-  check_shim(aoti_torch_get_dim(handle, &view.dim), "a rank");
+  check_shim(aoti_torch_get_dim(handle, &dim), "a rank");
   check_shim(aoti_torch_get_sizes(handle, &sizes), "a shape");
   check_shim(aoti_torch_get_strides(handle, &strides), "strides");
   view.element_size = static_cast<int64_t>(aoti_torch_dtype_element_size(view.dtype));
-  if (view.dim == 1) {
-    view.cols = sizes[0], view.col_stride = strides[0];
-  } else if (view.dim == 2) {
-    view.rows = sizes[0], view.cols = sizes[1], view.row_stride = strides[0], view.col_stride = strides[1];
-  }
+  set_shape(view, dim, sizes, strides);
   return view;
 }
 
@@ -153,7 +158,7 @@ inline void check_tensor(const char* op, TensorView& view, const Expected& expec
   if (view.dim != expected.dim) reject(op, view.name, "rank " + std::to_string(expected.dim), view.dim);
   check_shape(op, view, expected.rows, expected.cols);
   check_stride(op, view, expected.written);
-  view.data = data_of(view);
+  if (view.handle != nullptr) view.data = data_of(view);
 }
 
 }  // namespace sgl_kernel

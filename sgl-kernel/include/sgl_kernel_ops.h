@@ -12,7 +12,7 @@ namespace sgl_kernel {
 
 // Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another
 // number.
-constexpr int64_t kAbiVersion = 7;
+constexpr int64_t kAbiVersion = 8;
 
 using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 
@@ -40,6 +40,7 @@ BoxedOperator replay_copy_run;
 std::string replay_copy_run_name(int num_sources);
 std::string replay_copy_run_schema(int num_sources);
 BoxedOperator replay_copy_once;
+BoxedOperator replay_copy_method;  // a run as a Python builtin: the address of its definition
 BoxedOperator fused_copy_replay_data;
 std::string fused_copy_replay_data_schema();
 

@@ -98,7 +98,7 @@ class ReplayRig:
         sources = self.sources(run)
         calls = [
             ("run", lambda: self.plan.run(sources, bs, width)),
-            ("bound", lambda: self.bound(sources, bs, width)),
+            ("bound", lambda: self.bound(bs, width, *sources)),
         ]
         if tuple(spec.name for spec in self.case.fields) == SIX:
             names = [f"src_{name}" for name in SIX] + [f"dst_{name}" for name in SIX]

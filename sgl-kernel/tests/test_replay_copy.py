@@ -139,7 +139,7 @@ WRONG = [
 # fmt: on
 
 
-@pytest.mark.parametrize("kind", ["call", "plan"])
+@pytest.mark.parametrize("kind", ["call", "plan", "bound"])
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda w: w.name)
 def test_what_is_refused(wrong: Wrong, kind: str, device: str) -> None:
     arguments = good(device)
@@ -156,7 +156,11 @@ def test_what_is_refused(wrong: Wrong, kind: str, device: str) -> None:
             for name in SIX
         ]
         sources = [arguments[f"src_{name}"] for name in SIX]
-        sgl_kernel.ReplayCopyPlan(fields).run(sources, arguments["batch_size"], arguments["max_seqlen_k"])
+        plan, sizes = sgl_kernel.ReplayCopyPlan(fields), (arguments["batch_size"], arguments["max_seqlen_k"])
+        if kind == "plan":
+            plan.run(sources, *sizes)
+        else:
+            sgl_kernel.bind_replay_copy(plan)(*sizes, *sources)
 
     with pytest.raises(RuntimeError, match=f"{operator}: .*{re.escape(message)}"):
         make()
@@ -192,11 +196,29 @@ def test_what_a_plan_refuses(fields: list, message: str, device: str) -> None:
 def test_a_number_of_sources_that_is_not_the_plans(device: str) -> None:
     rig = ReplayRig(CASES[1], device)
     sources = rig.sources(0)
-    for run in (rig.plan.run, rig.bound):
-        with pytest.raises(RuntimeError, match=r"replay_copy_run_6.*missing value for argument 'src_5'"):
-            run(sources[:5], 8, 64)
-        with pytest.raises(RuntimeError, match=r"replay_copy_run_6.*expected at most 9 argument"):
-            run([*sources, sources[0]], 8, 64)
+    with pytest.raises(RuntimeError, match=r"replay_copy_run_6.*missing value for argument 'src_5'"):
+        rig.plan.run(sources[:5], 8, 64)
+    with pytest.raises(RuntimeError, match=r"replay_copy_run_6.*expected at most 9 argument"):
+        rig.plan.run([*sources, sources[0]], 8, 64)
+    for count in (0, 5, 7, 12):
+        with pytest.raises(RuntimeError, match=f"replay_copy: srcs: expected 6 tensors, found {count}"):
+            rig.bound(8, 64, *(sources * 2)[:count])
+    for arguments in ((), (8,), (8, 64, *sources * 3)):
+        with pytest.raises(RuntimeError, match="expected batch_size, width and up to 12 sources"):
+            rig.bound(*arguments)
+
+
+def test_a_source_that_is_no_tensor() -> None:
+    rig = ReplayRig(CASES[1], "cpu")
+    with pytest.raises(RuntimeError, match="list"):
+        rig.bound(8, 64, *rig.sources(0)[:5], [1, 2])
+    with pytest.raises(TypeError, match="integer"):
+        rig.bound("8", 64, *rig.sources(0))
+
+
+def test_a_torch_without_the_exchange_api_is_served_by_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    ReplayRig(CASES[1], "cpu").check()
 
 
 def test_a_replay_keeps_its_destinations_alive() -> None:
@@ -206,7 +228,7 @@ def test_a_replay_keeps_its_destinations_alive() -> None:
     )
     kept = destination.untyped_storage().data_ptr()
     del destination
-    replay([source], 4, 0)
+    replay(4, 0, source)
     assert torch.zeros(4, dtype=torch.int32).untyped_storage().data_ptr() != kept
 
 

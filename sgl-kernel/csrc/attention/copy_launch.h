@@ -49,14 +49,15 @@ inline void check_overlaps(const char* op, const RegionArgs* regions, int num_re
 }
 
 // One launch: the kernel's argument, and what it takes to set its live extents.
-struct CopyLaunch {
-  CopyParams params{};
-  CopyExtent extents[kMaxCopyRegions];
+template <typename Params>
+struct CopyLaunchOf {
+  Params params{};
+  CopyExtent extents[Params::kMaxRegions];
 
   bool counts_fit() const {
-    if (params.num_regions > kMaxCopyRegions) return false;
+    if (params.num_regions > Params::kMaxRegions) return false;
     return std::all_of(params.regions, params.regions + params.num_regions, [](const CopyRegion& region) {
-      return region.slot_begin <= region.slot_end && region.slot_end <= kMaxCopySlots;
+      return region.slot_begin <= region.slot_end && region.slot_end <= Params::kMaxSlots;
     });
   }
 
@@ -64,8 +65,8 @@ struct CopyLaunch {
   bool add(const RegionArgs& region, int& next_dst) {
     const uint32_t index = params.num_regions;
     const int used = index > 0 ? params.regions[index - 1].slot_end : 0;
-    const int taken = std::min(region.num_dsts - next_dst, kMaxCopySlots - used);
-    if (index == kMaxCopyRegions || taken <= 0) return false;
+    const int taken = std::min(region.num_dsts - next_dst, Params::kMaxSlots - used);
+    if (index == Params::kMaxRegions || taken <= 0) return false;
 
     const int64_t element_size = region.extent.element_size;
     const bool many_rows = region.extent.rows > 1;
@@ -98,7 +99,7 @@ struct CopyLaunch {
 
   // Sets the live extents of a run in `out`, a copy of params: few regions follow the run's integers, and the tiles of
   // the others only move.
-  void set_live_extents(CopyParams& out, int64_t expanded_rows, int64_t max_len) const {
+  void set_live_extents(Params& out, int64_t expanded_rows, int64_t max_len) const {
     uint32_t full_end = 0, fewer = 0;  // tiles than in full
     for (uint32_t r = 0; r < params.num_regions; ++r) {
       const CopyExtent& extent = extents[r];
@@ -119,5 +120,6 @@ struct CopyLaunch {
     out.num_tiles = params.num_tiles - fewer;
   }
 };
+using CopyLaunch = CopyLaunchOf<CopyParams>;
 
 }  // namespace sgl_kernel

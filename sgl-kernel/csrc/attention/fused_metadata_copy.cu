@@ -15,6 +15,14 @@ namespace {
 
 constexpr int kMaxDevices = 64;  // of which something is remembered
 
+// One block per tile, however many: the memory then sees the tiles in order, and no SM waits for another at the end.
+template <typename Params>
+void launch(const Params& params, const backend::Stream& stream) {
+  if (params.num_tiles == 0) return;
+  launch_kernel(fused_metadata_copy_kernel<Params>, "launch of fused_metadata_copy_kernel", stream, params.num_tiles,
+                kBlockThreads, params);
+}
+
 int32_t count_multiprocessors(int32_t device_index) {
   int count = 0;
   check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index), "counting multiprocessors");
@@ -34,7 +42,8 @@ void prepare(int32_t device_index) {
   if (known && loaded[device_index].load(std::memory_order_acquire)) return;
   check_driver();
   const DeviceScope scope(device_index);
-  load_kernel(fused_metadata_copy_kernel, "loading fused_metadata_copy_kernel");
+  load_kernel(fused_metadata_copy_kernel<CopyParams>, "loading fused_metadata_copy_kernel");
+  load_kernel(fused_metadata_copy_kernel<ReplayCopyParams>, "loading fused_metadata_copy_kernel");
   load_decode_inputs_kernel();
   load_generate_kernels();
   load_paged_mqa_schedule_kernel();
@@ -63,12 +72,8 @@ Stream::~Stream() {
   if (previous_ != device_) cudaSetDevice(previous_);
 }
 
-// One block per tile, however many: the memory then sees the tiles in order, and no SM waits for another at the end.
-void launch_copy(const CopyParams& params, const Stream& stream) {
-  if (params.num_tiles == 0) return;
-  launch_kernel(fused_metadata_copy_kernel, "launch of fused_metadata_copy_kernel", stream, params.num_tiles,
-                kBlockThreads, params);
-}
+void launch_copy(const CopyParams& params, const Stream& stream) { launch(params, stream); }
+void launch_copy(const ReplayCopyParams& params, const Stream& stream) { launch(params, stream); }
 
 }  // namespace backend
 }  // namespace sgl_kernel

@@ -9,8 +9,9 @@
 
 namespace sgl_kernel {
 
-constexpr int kMaxCopyRegions = 32;  // regions in one launch: two tables, and four vectors of each of seven backends
-constexpr int kMaxCopySlots = 159;   // (region, destination) pairs in one launch: 13 destinations of 12 regions
+constexpr int kMaxCopyRegions = 32;    // regions in one launch: two tables, and four vectors of each of seven backends
+constexpr int kMaxCopySlots = 159;     // (region, destination) pairs in one launch: 13 destinations of 12 regions
+constexpr int kMaxReplayRegions = 12;  // of one destination each, in a launch that is given its sources
 constexpr int kCopyBytesPerThread = 16;
 
 // One destination of one region.
@@ -34,14 +35,18 @@ struct CopyRegion {
   uint8_t log2_lanes;  // threads side by side on a row
 };
 
-// The whole kernel argument. Below 4 KiB, the limit that every CUDA version has.
-struct CopyParams {
+// The whole kernel argument. The driver copies it at every launch: few fields, a small one.
+template <int kRegions, int kSlots>
+struct CopyParamsOf {
+  static constexpr int kMaxRegions = kRegions, kMaxSlots = kSlots;
   uint32_t num_regions;
   uint32_t num_tiles;
-  CopyRegion regions[kMaxCopyRegions];
-  CopySlot slots[kMaxCopySlots];
+  CopyRegion regions[kRegions];
+  CopySlot slots[kSlots];
 };
-static_assert(sizeof(CopyParams) <= 4096, "CopyParams must fit in the kernel argument space");
+struct CopyParams : CopyParamsOf<kMaxCopyRegions, kMaxCopySlots> {};
+struct ReplayCopyParams : CopyParamsOf<kMaxReplayRegions, kMaxReplayRegions> {};
+static_assert(sizeof(CopyParams) <= 4096, "below the limit that every CUDA version has");
 
 // Sets the live extent of a region; returns its number of tiles.
 inline uint64_t set_copy_extent(CopyRegion& region, int64_t rows, int64_t row_bytes) {
@@ -62,8 +67,8 @@ inline uint64_t set_copy_extent(CopyRegion& region, int64_t rows, int64_t row_by
 
 // Copies what this thread owns of one tile, up to 16 bytes of one row, to every destination of the region.
 // Inside a tile 32-bit offsets suffice; where the tile lies takes 64.
-template <typename Unit>
-__device__ __forceinline__ void copy_tile(const CopyParams& params, const CopyRegion& region, uint32_t tile) {
+template <typename Unit, typename Params>
+__device__ __forceinline__ void copy_tile(const Params& params, const CopyRegion& region, uint32_t tile) {
   constexpr int kSize = sizeof(Unit);
   constexpr int kBatch = kSize >= 4 ? kCopyBytesPerThread / kSize : 4;  // loads in flight
   const int lanes = 1 << region.log2_lanes;
@@ -106,8 +111,9 @@ __device__ __forceinline__ void copy_tile(const CopyParams& params, const CopyRe
   }
 }
 
+template <typename Params>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerSm)
-    fused_metadata_copy_kernel(const __grid_constant__ CopyParams params) {
+    fused_metadata_copy_kernel(const __grid_constant__ Params params) {
   for (uint32_t tile = blockIdx.x; tile < params.num_tiles; tile += gridDim.x) {
     uint32_t r = 0, begin = 0;  // regions are sorted, largest first: the scan is short for most tiles
     while (tile >= params.regions[r].tile_end) begin = params.regions[r++].tile_end;

@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "attention/copy_launch.h"
+#include "dlpack.h"
 #include "plan.h"
+#include "python_builtin.h"
 #include "sgl_kernel_ops.h"
 #include "stack.h"
 
@@ -17,7 +19,7 @@ namespace sgl_kernel {
 namespace {
 
 constexpr uint64_t kMagic = 0x7265706c6179u * 256 + kAbiVersion;
-static_assert(kMaxReplayFields <= kMaxCopyRegions);
+static_assert(kMaxReplayFields == kMaxReplayRegions);
 constexpr int64_t kMost = 0x7fffffff;  // of the two integers of a run
 
 // One destination: [most requests + extra], or a table [most requests, most columns]; int32.
@@ -63,9 +65,13 @@ void check_size(const char* op, const char* name, int64_t value) {
   if (value < 0 || value > kMost) reject(op, {name}, "0 .. 2147483647", value);
 }
 
-// One launch; none for an empty batch. `sources`: a handle for each field.
-template <typename Handle>
-void copy_fields(const char* op, const ReplayFields& plan, const Handle* sources, int64_t batch_size, int64_t width,
+TensorView view_source(const TensorHandle& source, FieldName name) { return view_tensor(source.get(), name); }
+TensorView view_source(const torch::stable::Tensor& source, FieldName name) { return view_tensor(source.get(), name); }
+TensorView view_source(const dlpack::Tensor& source, FieldName name) { return dlpack::view_tensor(source, name); }
+
+// One launch; none for an empty batch. `sources`: a tensor for each field.
+template <typename Source>
+void copy_fields(const char* op, const ReplayFields& plan, const Source* sources, int64_t batch_size, int64_t width,
                  int32_t device_index) {
   RegionArgs regions[kMaxReplayFields];
   TensorView dsts[kMaxReplayFields];
@@ -75,7 +81,7 @@ void copy_fields(const char* op, const ReplayFields& plan, const Handle* sources
     dsts[f] = destination_of(field);
     check_shape(op, dsts[f], rows, cols);
     RegionArgs& region = regions[f];
-    region.src = view_tensor(sources[f].get(), {"src_", field.name});
+    region.src = view_source(sources[f], {"src_", field.name});
     check_tensor(op, region.src, {device_index, aoti_torch_dtype_int32(), field.dim, rows, cols});
     region.dsts = &dsts[f], region.num_dsts = 1;
     region.extent.rows = rows, region.extent.cols = cols;
@@ -83,7 +89,7 @@ void copy_fields(const char* op, const ReplayFields& plan, const Handle* sources
   if (batch_size == 0) return;
   Access accesses[2 * kMaxReplayFields];
   check_overlaps(op, regions, static_cast<int>(plan.count), accesses);
-  CopyLaunch launch;
+  CopyLaunchOf<ReplayCopyParams> launch;
   for (int f = 0; f < plan.count; ++f) {
     int next = 0;
     if (regions[f].extent.cols > 0) launch.add(regions[f], next);
@@ -149,8 +155,8 @@ Planned<ReplayFields> make_replay_plan(StableIValue* stack) {
   return {{kMagic, 1, device_index, backend::device_type(), {0, 0}}, {plan}, std::move(dsts)};
 }
 
-template <typename Handle>
-void run(const PlanView<ReplayFields>& plan, const Handle* sources, int64_t num_sources, int64_t batch_size,
+template <typename Source>
+void run(const PlanView<ReplayFields>& plan, const Source* sources, int64_t num_sources, int64_t batch_size,
          int64_t width) {
   check_size(kOp, "batch_size", batch_size);
   check_size(kOp, "width", width);
@@ -158,6 +164,29 @@ void run(const PlanView<ReplayFields>& plan, const Handle* sources, int64_t num_
   if (num_sources != wanted) reject(kOp, {"srcs"}, std::to_string(wanted) + " tensors", num_sources);
   copy_fields(kOp, *plan.begin, sources, batch_size, width, plan.header->device_index);
 }
+
+// `self`: a tuple that begins with the addresses of a plan and of torch's exchange API; what follows keeps the plan
+// alive. `arguments`: batch_size, width, sources.
+PyObject* replay(PyObject* self, PyObject* const* arguments, std::ptrdiff_t count) {
+  const auto* const plan = held_address<PlanHeader>(self, 0);
+  const auto* const exchange = held_address<dlpack::ExchangeApi>(self, 1);
+  const std::ptrdiff_t num_sources = count - 2;
+  int64_t batch_size = 0, width = 0;
+  if (num_sources < 0 || num_sources > kMaxReplayFields) {
+    return fail(std::string(kOp) + ": expected batch_size, width and up to " + std::to_string(kMaxReplayFields) +
+                " sources, found " + std::to_string(count) + " arguments");
+  }
+  if (!take_integer(arguments[0], batch_size) || !take_integer(arguments[1], width)) return nullptr;
+  dlpack::Tensor sources[kMaxReplayFields];  // of the arguments, which live as long as the call
+  for (std::ptrdiff_t s = 0; s < num_sources; ++s) {
+    if (exchange->view(arguments[s + 2], &sources[s]) != 0) return nullptr;
+  }
+  return run_without_lock(
+      [&] { run(open_plan<ReplayFields>(kOp, plan, kMagic), sources, num_sources, batch_size, width); });
+}
+
+PyMethodDef kReplay{"replay_copy", reinterpret_cast<void*>(replay), kManyArguments,
+                    "replay_copy(batch_size: int, width: int, *sources: torch.Tensor) -> None"};
 
 // ---- the call: mini-sglang's six ----------------------------------------------------------------------------------
 
@@ -192,6 +221,11 @@ void replay_copy_run(StableIValue* stack, uint64_t num_inputs, uint64_t) {
   TensorHandle sources[kMaxReplayFields];
   for (int s = 0; s < num_sources; ++s) sources[s] = take_tensor(stack[s + 3]);
   run(open_plan<ReplayFields>(kOp, plan.get(), kMagic), sources, num_sources, batch_size, width);
+}
+
+// () -> the address of the builtin's PyMethodDef.
+void replay_copy_method(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = torch::stable::detail::from(static_cast<int64_t>(reinterpret_cast<uintptr_t>(&kReplay)));
 }
 
 void replay_copy_once(StableIValue* stack, uint64_t, uint64_t) {

@@ -65,18 +65,8 @@ void write_schedule(const PagedMQAScheduleParams& p, const PagedMQASchedule& sch
   }
 }
 
-}  // namespace
-
-namespace backend {
-
-const char* device_name() { return "cpu"; }
-int32_t device_type() { return aoti_torch_device_type_cpu(); }
-void prepare(int32_t) {}
-Stream::Stream(int32_t) {}
-Stream::~Stream() = default;
-int32_t multiprocessors(int32_t) { return 1; }
-
-void launch_copy(const CopyParams& params, const Stream&) {
+template <typename Params>
+void copy(const Params& params) {
   for (uint32_t r = 0; r < params.num_regions; ++r) {
     const CopyRegion& region = params.regions[r];
     if (region.row_bytes == 0) continue;
@@ -88,6 +78,20 @@ void launch_copy(const CopyParams& params, const Stream&) {
     }
   }
 }
+
+}  // namespace
+
+namespace backend {
+
+const char* device_name() { return "cpu"; }
+int32_t device_type() { return aoti_torch_device_type_cpu(); }
+void prepare(int32_t) {}
+Stream::Stream(int32_t) {}
+Stream::~Stream() = default;
+int32_t multiprocessors(int32_t) { return 1; }
+
+void launch_copy(const CopyParams& params, const Stream&) { copy(params); }
+void launch_copy(const ReplayCopyParams& params, const Stream&) { copy(params); }
 
 void launch_generate(const GenerateParams& params, const TableGrid&, const Stream&) {
   for (int d = 0; d < params.num_vectors; ++d) write_vectors(params, params.vectors[d]);

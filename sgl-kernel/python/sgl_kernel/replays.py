@@ -1,17 +1,18 @@
 """What a replay calls: plans bound into one builtin, so that a step pays for one call and nothing around it.
 
-Each function returns a callable that takes `max_len`, a bound of the row lengths (-1: the full extent), and
-keeps the plans and their tensors alive. `plan.run()` does the same and is what `torch.compile` understands.
+Each function returns a callable that keeps the plans and their tensors alive and, unless it says otherwise,
+takes `max_len`, a bound of the row lengths (-1: the full extent). `plan.run()` does the same and is what
+`torch.compile` understands.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-from ._library import entry, operator
+from ._library import operator
 from .fused_metadata import FusedMetadataCopyPlan, NSAMetadataGeneratePlan
 from .replay_copy import ReplayCopyPlan
 
@@ -20,6 +21,9 @@ Replay = Callable[[int], None]
 _new_builtin = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.py_object)(
     ("PyCFunction_NewEx", ctypes.pythonapi)
 )  # of a method's definition, its `self` and its module's name
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 def bind_generate(generate: NSAMetadataGeneratePlan) -> Replay:
@@ -45,12 +49,20 @@ def _bind(generate: NSAMetadataGeneratePlan | None, copy: FusedMetadataCopyPlan 
     return _new_builtin(operator(device_type, "metadata_replay_method")(), (*addresses, *plans), __name__)
 
 
-def bind_replay_copy(copy: ReplayCopyPlan) -> Callable[[Sequence[torch.Tensor], int, int], None]:
-    """A copy of tensors that are new at every step. What is returned takes the arguments of
-    `ReplayCopyPlan.run`, with the sources in a list."""
-    run, plan = entry(copy.device_type, copy.run_name), copy._plan
+def bind_replay_copy(copy: ReplayCopyPlan) -> Callable[..., None]:
+    """A copy of tensors that are new at every step. What is returned takes the batch size, the width and the
+    sources of `ReplayCopyPlan.run`, one by one."""
+    exchange = _exchange_api()
+    if exchange is None:
+        return lambda batch_size, width, *sources: copy.run(sources, batch_size, width)
+    return _new_builtin(
+        operator(copy.device_type, "replay_copy_method")(), (copy.address, exchange, copy), __name__
+    )
 
-    def replay(sources: Sequence[torch.Tensor], batch_size: int, width: int, _alive: object = copy) -> None:
-        run(plan, batch_size, width, *sources)
 
-    return replay
+def _exchange_api() -> int | None:
+    """The address of torch's DLPackExchangeAPI, which tells an address and a shape without Python or the
+    dispatcher; None in a torch that has none of the version known here."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    address = _capsule_pointer(capsule, b"dlpack_exchange_api") if capsule is not None else 0
+    return address if address and ctypes.c_uint32.from_address(address).value == 1 else None

@@ -13,6 +13,15 @@
 // clang-format on
 
 namespace sgl_kernel {
+namespace {
+
+template <typename Params>
+void copy(const Params& params) {
+  const uint32_t blocks = std::min(params.num_tiles, static_cast<uint32_t>(kBlocksPerSm));
+  emulation::block.launch(blocks, kBlockThreads, [&] { fused_metadata_copy_kernel(params); });
+}
+
+}  // namespace
 
 namespace backend {
 
@@ -23,10 +32,8 @@ Stream::Stream(int32_t) {}
 Stream::~Stream() = default;
 int32_t multiprocessors(int32_t) { return 1; }  // few, so that blocks take several tiles
 
-void launch_copy(const CopyParams& params, const Stream&) {
-  const uint32_t blocks = std::min(params.num_tiles, static_cast<uint32_t>(kBlocksPerSm));
-  emulation::block.launch(blocks, kBlockThreads, [&] { fused_metadata_copy_kernel(params); });
-}
+void launch_copy(const CopyParams& params, const Stream&) { copy(params); }
+void launch_copy(const ReplayCopyParams& params, const Stream&) { copy(params); }
 
 void launch_generate(const GenerateParams& params, const TableGrid& grid, const Stream&) {
   const GenerateKernel kernel = generate_kernel(params.mode, grid.threads);

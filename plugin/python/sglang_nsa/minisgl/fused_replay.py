@@ -36,12 +36,11 @@ def _bind(buffers: ReplayBuffers) -> Callable[[Any], None]:
     table = next((k for k, field in enumerate(buffers.fields) if field.is_table), None)
 
     def copy_inputs(batch: Any) -> None:
-        new = sources(batch)
-        copy(new, len(batch.padded_reqs), 0)
+        copy(len(batch.padded_reqs), 0, *sources(batch))
 
     def copy_inputs_and_table(batch: Any) -> None:
         new = sources(batch)
-        copy(new, len(batch.padded_reqs), new[table].size(1))
+        copy(len(batch.padded_reqs), new[table].size(1), *new)
 
     return copy_inputs if table is None else copy_inputs_and_table
 
