@@ -2,7 +2,7 @@
 
     python plugin/tests/gpu/minisgl_check.py PART... --out FOLDER
 
-Parts: inputs, tokens, copies, steps, steps-fi, servers, servers-tp2, tokens-and-servers.
+Parts: inputs, tokens, tokens-overlapping, copies, steps, steps-fi, servers, servers-tp2, tokens-and-servers.
 
 Needs mini-sglang's `python/` folder, the plugin's wheel unpacked and minisgl_stand_in/ on PYTHONPATH. MODEL
 is a folder with a tokenizer and a config; weights are random. Each LLM and server is a process of its own.
@@ -15,8 +15,10 @@ import contextlib
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from minisgl_llm import CASES
+from minisgl_answers import CASES, TOKEN_CASES
+from minisgl_times import SIZES, TOLD
 
 RUNS = ("0", "1", "in_graph", "0 again")  # modes; the last shows what varies by itself
 VARIABLE = "MINISGL_USE_FUSED_COPY"
@@ -56,12 +59,10 @@ class Check:
     def child(self, kind: str, mode: str, case: str, model: Path, name: str, gpu: int = 0) -> Any | None:
         """The child's result; None where it failed, with the end of its log."""
         result, log = self.out / f"{name}.json", self.out / f"{name}.log"
-        script = str(Path(__file__).with_name("minisgl_llm.py"))
-        command = [sys.executable, script, kind, str(model), case, str(result)]
-        env = os.environ | {VARIABLE: mode, "CUDA_VISIBLE_DEVICES": self.gpus[gpu % len(self.gpus)]}
+        arguments = {"args": self.command(kind, model, case, result), "env": self.environment(mode, gpu)}
         with log.open("w") as output:
             try:
-                done = subprocess.run(command, env=env, stdout=output, stderr=subprocess.STDOUT, timeout=150)
+                done = subprocess.run(**arguments, stdout=output, stderr=subprocess.STDOUT, timeout=150)
                 code = done.returncode
             except subprocess.TimeoutExpired:
                 code = "timeout"
@@ -71,6 +72,15 @@ class Check:
             print("\n".join(log.read_text(errors="replace").splitlines()[-12:]), flush=True)
             return None
         return json.loads(result.read_text())
+
+    def command(self, kind: str, model: Path, case: str, result: Path) -> list[str]:
+        script = Path(__file__).with_name(
+            "minisgl_times.py" if kind in ("copies", "steps") else "minisgl_answers.py"
+        )
+        return [sys.executable, str(script), kind, str(model), case, str(result)]
+
+    def environment(self, mode: str, gpu: int) -> dict[str, str]:
+        return os.environ | {VARIABLE: mode, "CUDA_VISIBLE_DEVICES": self.gpus[gpu % len(self.gpus)]}
 
     def inputs(self) -> None:
         """What the graphs read, at every replay. Nothing is timed here: several at a time."""
@@ -93,28 +103,44 @@ class Check:
                     self.failed.append(f"inputs, {case}, {mode}")
 
     def tokens(self) -> None:
-        """mini-sglang's answers vary from run to run, so beside the modes stands mode 0 again."""
-        with ThreadPoolExecutor(8) as pool:
+        """On one stream mini-sglang repeats itself, so all modes must. Nothing is timed: many at a time."""
+        with ThreadPoolExecutor(16) as pool:
             running = {}
-            for number, case in enumerate(CASES):
+            for number, case in enumerate(TOKEN_CASES):
                 for run in RUNS:
                     name = f"tokens_{number}_{run.replace(' ', '_')}"
                     arguments = ("tokens", run.split()[0], case, self.model, name, number)
                     running[case, run] = pool.submit(self.child, *arguments)
-            for case in CASES:
-                results = {run: running[case, run].result() for run in RUNS}
-                self.compare(f"tokens, {case}", results)
+            for case in TOKEN_CASES:
+                self.compare_tokens(case, {run: running[case, run].result() for run in RUNS})
 
-    def compare(self, title: str, results: dict[str, Any]) -> None:
+    def tokens_overlapping(self) -> None:
+        """One process at a time: another's turn on the GPU would widen mini-sglang's own gaps."""
+        results = {}
+        for run in RUNS:
+            name = f"overlapping_{run.replace(' ', '_')}"
+            results[run] = self.child("tokens-overlapping", run.split()[0], "fa", self.model, name)
+            self.compare_tokens("fa", {"0": results["0"], run: results[run]})
+
+    def compare_tokens(self, case: str, results: dict[str, Any]) -> None:
+        for schedule in results["0"] or ():
+            title = f"tokens, {case}, {schedule}"
+            answers = {run: found and found[schedule]["answers"] for run, found in results.items()}
+            foreign = {run: found and found[schedule]["foreign"] for run, found in results.items()}
+            self.compare(title, answers, exact=schedule != "overlapping")
+            self.say(f"{title}: prompt tokens that another request wrote: {foreign}")
+
+    def compare(self, title: str, results: dict[str, list[Any] | None], exact: bool) -> None:
         """Every mode against mode 0, request by request."""
         own = results["0"]
         for mode, found in results.items():
             if mode == "0" or own is None or found is None:
                 continue
-            pairs = [(a, b) for x, y in zip(own, found, strict=True) for a, b in zip(x, y, strict=True)]
-            equal = sum(a == b for a, b in pairs)
-            distinct = len({tuple(a) if isinstance(a, list) else a for a, _ in pairs})
-            self.say(f"{title}: {mode} equals 0 in {equal} of {len(pairs)} ({distinct} distinct answers)")
+            equal = sum(a == b for a, b in zip(own, found, strict=True))
+            distinct = len(set(map(str, own)))
+            self.say(f"{title}: {mode} equals 0 in {equal} of {len(own)} ({distinct} distinct answers)")
+            if exact and equal < len(own):
+                self.failed.append(f"{title}, {mode}")
 
     def copies(self) -> None:
         rows = self.child("copies", "0", "", self.large, "copies")
@@ -125,24 +151,38 @@ class Check:
             )
 
     def steps(self, backend: str = "fa") -> None:
-        short = backend.replace(",", "_")
-        for mode in ("1", "in_graph"):
-            rows = self.child("steps", mode, backend, self.large, f"steps_{short}_{mode}")
-            for row in rows or ():
-                self.say(
-                    f"steps {backend:<5} mode {row['mode']:<8} bs {row['bs']:>3}: "
-                    f"enqueues {row['enqueues_per_step']:5.1f}, "
-                    f"prepare {row['_prepare_batch']:7.1f}, replay {row['replay']:7.1f}, "
-                    f"forward {row['_forward']:7.1f}, step {row['step']:8.1f} us"
-                )
+        """Modes by turns: 0 and 1 in one LLM, in_graph in another; the one that has no turn waits."""
+        with contextlib.ExitStack() as stack:
+            one, in_graph = (SteppingLLM(self, mode, backend) for mode in ("1", "in_graph"))
+            for llm in (one, in_graph):
+                stack.callback(llm.end)
+            one.answer(), in_graph.answer()  # both are ready
+            owners = {"0": one, "1": one, "in_graph": in_graph}
+            rows = [row for bs in SIZES for row in self.measure_turns(owners, backend, bs)]
+            for row in rows:
+                row["enqueues"] = owners[row["mode"]].ask("enqueues", row["mode"], row["bs"])
+                self.say(f"{backend} bs {row['bs']:>3} mode {row['mode']:<8}: {row['enqueues']:.1f} enqueues")
+        name = f"steps_{backend.replace(',', '_')}.json"
+        (self.out / name).write_text(json.dumps(rows, indent=1) + "\n")
+
+    def measure_turns(self, owners: dict[str, SteppingLLM], backend: str, bs: int) -> list[dict[str, Any]]:
+        turns = [{mode: llm.ask("turn", mode, bs) for mode, llm in owners.items()} for _ in range(6)]
+        rows = []
+        for mode in owners:
+            own = [turn[mode] for turn in turns[1:]]  # the first warms up
+            times = {name.strip("_"): statistics.median(spent[name] for spent in own) for name in own[0]}
+            rows.append({"backend": backend, "mode": mode, "bs": bs, **times})
+            spent = ", ".join(f"{name} {time:7.1f}" for name, time in times.items())
+            self.say(f"{backend} bs {bs:>3} mode {mode:<8}: {spent} us")
+        return rows
 
     def servers(self, tp: int = 1) -> None:
-        # With one rank each all at once; ranks compare their free memory when they start.
-        with ThreadPoolExecutor(len(RUNS) if tp == 1 else 1) as pool:
-            results = dict(zip(RUNS, pool.map(lambda run: self.serve(run, tp), RUNS)))
-        for part, title in enumerate(("one after the other", "240 at once")):
-            found = {m: r and [r[part]] for m, r in results.items()}
-            self.compare(f"server, tp {tp}, {title}", found)
+        """Started one after the other where ranks compare their free memory, asked all at once."""
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(RUNS)) as pool:
+            starting = threading.Semaphore(len(RUNS) if tp == 1 else 1)
+            running = {run: pool.submit(self.serve, run, tp, starting, stack) for run in RUNS}
+            results = {run: answers.result() for run, answers in running.items()}
+        self.compare(f"server, tp {tp}, one after the other", results, exact=True)
 
     def tokens_and_servers(self) -> None:
         """Both at once, to save time."""
@@ -150,41 +190,78 @@ class Check:
             for part in (pool.submit(self.tokens), pool.submit(self.servers)):
                 part.result()
 
-    def serve(self, run: str, tp: int) -> list[list[str]] | None:
+    def serve(
+        self, run: str, tp: int, starting: threading.Semaphore, stack: contextlib.ExitStack
+    ) -> list[str] | None:
+        """The answers of one server to one request after the other; it ends with the stack."""
         name = f"server_tp{tp}_{run.replace(' ', '_')}"
-        port = 21000 + 100 * tp + 10 * RUNS.index(run)
+        log = self.out / f"{name}.log"
+        url = f"http://127.0.0.1:{21000 + 100 * tp + 10 * RUNS.index(run)}"
         try:
-            with server(self.model, run.split()[0], tp, port, self.out / f"{name}.log") as url:
-                return [ask_in_turn(url, 60), ask_together(url, 240)]
+            with starting:
+                stack.enter_context(server(self.model, run.split()[0], tp, url, log))
+            return [ask(url, number) for number in range(300)]
         except Exception as error:
             self.failed.append(name)
             self.say(f"{name}: FAILED {error!r}")
-            log = (self.out / f"{name}.log").read_text(errors="replace").splitlines()
-            print("\n".join(log[-15:]), flush=True)
+            print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), flush=True)
             return None
 
 
+class SteppingLLM:
+    """A process of minisgl_times.py that measures when it is asked."""
+
+    def __init__(self, check: Check, mode: str, backend: str) -> None:
+        name = f"steps_{backend.replace(',', '_')}_{mode}"
+        self.log = (check.out / f"{name}.log").open("w+")
+        self.process = subprocess.Popen(
+            check.command("steps", check.large, backend, Path(os.devnull)),
+            env=check.environment(mode, 0),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+
+    def ask(self, *words: object) -> Any:
+        print(*words, file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> Any:
+        for line in self.process.stdout:
+            if line.startswith(TOLD):
+                return json.loads(line.removeprefix(TOLD))
+            self.log.write(line)
+        raise RuntimeError(f"the LLM ended with {self.process.wait()}: see {self.log.name}")
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
 @contextlib.contextmanager
-def server(model: Path, mode: str, tp: int, port: int, log: Path) -> Iterator[str]:
+def server(model: Path, mode: str, tp: int, url: str, log: Path) -> Iterator[None]:
+    """mini-sglang's own, ours in front, without overlapping: so it repeats itself."""
     command = [
         sys.executable, "-m", "sglang_nsa.minisgl", "--model", str(model), "--attn", "fa", "--dummy-weight",
-        "--port", str(port), "--max-seq-len-override", "2048", "--num-pages", "40960", "--graph", "64",
-        "--max-running-requests", "64", "--tp-size", str(tp), "--disable-pynccl",
+        "--port", url.rpartition(":")[2], "--max-seq-len-override", "2048", "--num-pages", "40960",
+        "--graph", "64", "--max-running-requests", "64", "--tp-size", str(tp),
+        *(["--disable-pynccl"] if tp > 1 else []),
     ]  # fmt: skip
-    if tp == 1:
-        command.remove("--disable-pynccl")
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
-            env=os.environ | {VARIABLE: mode},
+            env=os.environ | {VARIABLE: mode, "MINISGL_DISABLE_OVERLAP_SCHEDULING": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(url, process)
-        yield url
+        yield
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 15)
@@ -209,20 +286,11 @@ def ask(url: str, number: int) -> str:
     rng = random.Random(number)
     words = ["def", "import", "self", "return", "for", "in", "range", "print", "value", "index"]
     prompt = " ".join(rng.choice(words) for _ in range(rng.randrange(2, 60)))
-    body = {"prompt": prompt, "max_tokens": rng.randrange(4, 60), "ignore_eos": True}
+    body = {"prompt": prompt, "max_tokens": rng.randrange(4, 40), "ignore_eos": True}
     request = urllib.request.Request(
         f"{url}/generate", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     return urllib.request.urlopen(request, timeout=60).read().decode()
-
-
-def ask_in_turn(url: str, count: int) -> list[str]:
-    return [ask(url, number) for number in range(count)]
-
-
-def ask_together(url: str, count: int) -> list[str]:
-    with ThreadPoolExecutor(48) as pool:
-        return list(pool.map(lambda number: ask(url, 1000 + number), range(count)))
 
 
 def main() -> int:
@@ -233,6 +301,7 @@ def main() -> int:
         choices=(
             "inputs",
             "tokens",
+            "tokens-overlapping",
             "copies",
             "steps",
             "steps-fi",
@@ -249,6 +318,7 @@ def main() -> int:
     parts = {
         "inputs": check.inputs,
         "tokens": check.tokens,
+        "tokens-overlapping": check.tokens_overlapping,
         "copies": check.copies,
         "steps": check.steps,
         "steps-fi": lambda: check.steps("fa,fi"),
