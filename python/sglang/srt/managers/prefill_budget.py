@@ -4,9 +4,7 @@ from __future__ import annotations
 
 SLOWDOWN = 1.25  # of decoding while prompts do not end
 SMOOTHING = 0.1  # weight of the newest step in the usual time of a step
-MOST_OVERDRAWN = (
-    2.0  # seconds: a pass that compiles kernels takes longer, which is no reason to wait for long
-)
+MOST_OVERDRAWN = 2.0  # seconds: a pass that compiles kernels may take longer
 
 
 class PrefillBudget:
