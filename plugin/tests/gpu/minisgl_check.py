@@ -200,7 +200,10 @@ class Check:
         try:
             with starting:
                 stack.enter_context(server(self.model, run.split()[0], tp, url, log))
-            return [ask(url, number) for number in range(300)]
+            answers = [ask(url, number) for number in range(300)]
+            (self.out / f"{name}.json").write_text(json.dumps(answers))
+            print(f"{name}: {len(answers)} answers", flush=True)
+            return answers
         except Exception as error:
             self.failed.append(name)
             self.say(f"{name}: FAILED {error!r}")
@@ -247,7 +250,7 @@ def server(model: Path, mode: str, tp: int, url: str, log: Path) -> Iterator[Non
     """mini-sglang's own, ours in front, without overlapping: so it repeats itself."""
     command = [
         sys.executable, "-m", "sglang_nsa.minisgl", "--model", str(model), "--attn", "fa", "--dummy-weight",
-        "--port", url.rpartition(":")[2], "--max-seq-len-override", "2048", "--num-pages", "40960",
+        "--port", url.rpartition(":")[2], "--max-seq-len-override", "2048", "--num-pages", "20480",
         "--graph", "64", "--max-running-requests", "64", "--tp-size", str(tp),
         *(["--disable-pynccl"] if tp > 1 else []),
     ]  # fmt: skip
