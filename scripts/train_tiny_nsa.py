@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch._inductor.config
 from tiny_nsa.card import write_card
 from tiny_nsa.config import ModelConfig
 from tiny_nsa.data import (
@@ -126,10 +125,12 @@ def main() -> None:
 
     model = TinyNSA(replace(config, index_topk=config.index_topk // TOPK_MARGIN)).to(device)
     if device.type == "cuda":
+        from torch._inductor import config as inductor_config  # which takes seconds
+
         torch._dynamo.config.recompile_limit = 64  # each phase is a variant of the same layers
         # sums over heads become plain additions: as short reductions they would be slow kernels, since a
         # deterministic compiler does not try out which configuration is fast
-        torch._inductor.config.unroll_reductions_threshold = 1 + max(
+        inductor_config.unroll_reductions_threshold = 1 + max(
             config.num_attention_heads, config.index_n_heads
         )
         for layer in [*model.layers, model.nextn.layer]:

@@ -3,16 +3,12 @@
 import json
 from pathlib import Path
 
-import matplotlib
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from .config import BOS, EOS, PAD, ModelConfig
 from .model import TinyNSA
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 # A message of the user or the system becomes comments, one of the assistant stays code.
 CHAT_TEMPLATE = (
@@ -82,7 +78,10 @@ def save_tokenizer(tokenizer: Tokenizer, config: ModelConfig, out: Path) -> None
 
 def save_curve(history: list[dict[str, float | str]], path: Path) -> None:
     """The loss over the steps of training, a colour for each phase; held-out bits per byte as dots."""
-    figure, (loss_axis, agree_axis) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=80)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), dpi=80)
+    loss_axis, agree_axis = figure.subplots(1, 2)
     for phase in dict.fromkeys(point["phase"] for point in history):
         points = [p for p in history if p["phase"] == phase]
         for key, axis, style in (
@@ -103,7 +102,6 @@ def save_curve(history: list[dict[str, float | str]], path: Path) -> None:
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def write_json(path: Path, value: object) -> None:
