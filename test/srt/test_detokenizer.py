@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.managers.detokenizer import IncrementalDetokenizer, OutputText
 from sglang.srt.sampling.sampling_params import SamplingParams
-from transformers import AutoTokenizer
 
 EOS = 257
 
 
 @pytest.fixture(scope="module")
 def tokenizer(dummy_model: Path) -> Any:
-    return AutoTokenizer.from_pretrained(dummy_model)
+    return transformers.AutoTokenizer.from_pretrained(dummy_model)
 
 
 def pieces(ids: list[int], cuts: list[int]) -> list[list[int]]:

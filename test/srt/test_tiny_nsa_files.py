@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -16,7 +17,6 @@ from sglang.srt.model_config import ModelConfig
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_loader import load_model
 from tiny_models import PagedDriver
-from transformers import AutoTokenizer, DeepseekV32ForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-nsa"
@@ -30,8 +30,8 @@ SNIPPET_TOKENS = 420  # well above index_topk, so that the indexer decides
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(MODEL)
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    return transformers.AutoTokenizer.from_pretrained(MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,15 @@ def held_out() -> list[dict[str, object]]:
 
 
 @pytest.fixture(scope="module")
-def snippet(tokenizer: PreTrainedTokenizerFast, held_out: list[dict[str, object]]) -> list[int]:
+def snippet(tokenizer: transformers.PreTrainedTokenizerFast, held_out: list[dict[str, object]]) -> list[int]:
     text = next(str(row["prompt"]) for row in held_out if row["prompt_tokens"] >= SNIPPET_TOKENS)
     return tokenizer(text).input_ids[:SNIPPET_TOKENS]
 
 
 @pytest.fixture(scope="module")
-def reference() -> DeepseekV32ForCausalLM:
+def reference() -> transformers.DeepseekV32ForCausalLM:
     transformers_logging.set_verbosity_error()  # its report lists the NextN layer, which it does not load
-    model, report = DeepseekV32ForCausalLM.from_pretrained(
+    model, report = transformers.DeepseekV32ForCausalLM.from_pretrained(
         MODEL, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )
     nextn = f"model.layers.{model.config.num_hidden_layers}."
@@ -83,18 +83,18 @@ def test_weights_are_bf16_under_deepseek_names() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(max_size=200))
-def test_tokenizer_brings_every_text_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_tokenizer_brings_every_text_back(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> None:
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
-def test_every_byte_has_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_byte_has_a_token(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     alphabet = {token for token in tokenizer.get_vocab() if len(token) == 1}
     assert len(alphabet) == 256
 
 
-def test_chat_template_makes_comments_of_the_user(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_chat_template_makes_comments_of_the_user(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     messages = [
         {"role": "user", "content": "Add two\nnumbers."},
         {"role": "assistant", "content": "def add(a, b):"},
@@ -105,7 +105,7 @@ def test_chat_template_makes_comments_of_the_user(tokenizer: PreTrainedTokenizer
 
 
 def test_held_out_prompts_are_what_they_say(
-    tokenizer: PreTrainedTokenizerFast, held_out: list[dict[str, object]]
+    tokenizer: transformers.PreTrainedTokenizerFast, held_out: list[dict[str, object]]
 ) -> None:
     assert len(held_out) == 64
     for row in held_out:
@@ -124,7 +124,7 @@ def topk_by_position(
 
 
 def test_runtime_equals_transformers(
-    reference: DeepseekV32ForCausalLM, snippet: list[int], monkeypatch: pytest.MonkeyPatch
+    reference: transformers.DeepseekV32ForCausalLM, snippet: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The indexer's relu gives many keys the score 0, so equal scores do meet at the top-k's edge.
     monkeypatch.setattr(torch.Tensor, "topk", topk_by_position)
@@ -140,7 +140,9 @@ def test_runtime_equals_transformers(
 
 
 def test_reads_held_out_source_well(
-    reference: DeepseekV32ForCausalLM, tokenizer: PreTrainedTokenizerFast, snippet: list[int]
+    reference: transformers.DeepseekV32ForCausalLM,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    snippet: list[int],
 ) -> None:
     with torch.no_grad():
         logits = reference(torch.tensor([snippet])).logits[0, :-1]

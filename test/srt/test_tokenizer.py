@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 from sglang.srt.tokenizer import PLAIN_CLASSES, load_tokenizer
-from transformers import AutoTokenizer
 
 TEXTS = ("def f(x):\n    return x", " <user>\u00e9\u4e2d <eos>", "", "a  b .")
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<bos>"}]
@@ -28,7 +28,7 @@ def declare(folder: Path, tokenizer_class: str) -> None:
 @pytest.mark.parametrize("tokenizer_class", [*PLAIN_CLASSES, "LlamaTokenizerFast"])
 def test_as_auto_tokenizer_loads_it(folder: Path, tokenizer_class: str) -> None:
     declare(folder, tokenizer_class)
-    expected, given = AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder))
+    expected, given = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder))
     assert type(given) is type(expected)
     assert given.all_special_ids == expected.all_special_ids
     for text in TEXTS:
@@ -48,7 +48,7 @@ def test_a_wrong_file_is_named_as_auto_tokenizer_names_it(folder: Path, config: 
     if config is not None:
         (folder / "tokenizer_config.json").write_text(config)
     errors = []
-    for load in (AutoTokenizer.from_pretrained, load_tokenizer):
+    for load in (transformers.AutoTokenizer.from_pretrained, load_tokenizer):
         with pytest.raises(Exception) as error:  # transformers raises all kinds
             load(str(folder))
         errors.append((error.type, str(error.value)))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from forked import run_script
 from server_fixture import ROOT
 from sglang.srt.entrypoints.engine import Engine
-from transformers import AutoTokenizer, DeepseekV32ForCausalLM
 
 # A part of the standard library, and eight steps in all.
 CORPUS = Path(sysconfig.get_path("stdlib"), "asyncio")
@@ -51,8 +51,8 @@ def test_it_writes_everything_that_it_measured(trained: Path) -> None:
 
 def test_the_runtime_continues_as_transformers(trained: Path) -> None:
     """Greedy, speculated with the trained NextN layer."""
-    ids = AutoTokenizer.from_pretrained(trained)(PROMPT).input_ids
-    reference = DeepseekV32ForCausalLM.from_pretrained(
+    ids = transformers.AutoTokenizer.from_pretrained(trained)(PROMPT).input_ids
+    reference = transformers.DeepseekV32ForCausalLM.from_pretrained(
         trained, dtype=torch.float32, attn_implementation="eager"
     )
     expected = reference.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=None)
