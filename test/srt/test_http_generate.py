@@ -40,8 +40,9 @@ def generate(client: httpx.Client, text: str = PROMPT, **sampling: Any) -> dict[
     return client.post(GENERATE, json=body).raise_for_status().json()
 
 
-GREEDY = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
-SAMPLED = {"temperature": 1.5, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "seed": 7, "max_tokens": 40}
+TOKENS = 24
+GREEDY = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
+SAMPLED = {"temperature": 1.5, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "seed": 7, "max_tokens": TOKENS}
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -66,7 +67,7 @@ def test_chat_stream_equals_whole_with_usage(client: httpx.Client) -> None:
     assert all(c["usage"] is None for c in chunks[:-1]) and chunks[-1]["choices"] == []
     for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert chunks[-1]["usage"][key] == whole["usage"][key]
-    assert whole["usage"]["completion_tokens"] == 40
+    assert whole["usage"]["completion_tokens"] == TOKENS
     # <bos><user>hi<assistant>: the template writes the special tokens
     assert whole["usage"]["prompt_tokens"] == 5
 
@@ -90,7 +91,7 @@ def test_native_stream_is_cumulative(client: httpx.Client) -> None:
 def test_text_and_ids_are_the_same_prompt(client: httpx.Client) -> None:
     by_text = complete(client, **GREEDY)["choices"][0]["text"]
     assert complete(client, prompt=list(PROMPT.encode()), **GREEDY)["choices"][0]["text"] == by_text
-    native = generate(client, temperature=0, max_new_tokens=40, ignore_eos=True)
+    native = generate(client, temperature=0, max_new_tokens=TOKENS, ignore_eos=True)
     assert native["text"] == by_text
 
 
@@ -129,9 +130,9 @@ def test_stop_strings_at_every_place(client: httpx.Client) -> None:
 
 
 def test_stop_token_ids(client: httpx.Client) -> None:
-    ids = generate(client, temperature=0, max_new_tokens=40, ignore_eos=True)["output_ids"]
+    ids = generate(client, temperature=0, max_new_tokens=TOKENS, ignore_eos=True)["output_ids"]
     stop = ids[10]
-    result = generate(client, temperature=0, max_new_tokens=40, ignore_eos=True, stop_token_ids=[stop])
+    result = generate(client, temperature=0, max_new_tokens=TOKENS, ignore_eos=True, stop_token_ids=[stop])
     assert result["output_ids"] == ids[: ids.index(stop) + 1]
     assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
 
@@ -177,7 +178,7 @@ def test_seeds(client: httpx.Client) -> None:
 def test_completion_logprobs(client: httpx.Client) -> None:
     choice = complete(client, **GREEDY, logprobs=3)["choices"][0]
     logprobs = choice["logprobs"]
-    assert {len(logprobs[key]) for key in logprobs} == {40}
+    assert {len(logprobs[key]) for key in logprobs} == {TOKENS}
     assert all(p <= 0 for p in logprobs["token_logprobs"])
     for token, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"]):
         # Greedy: the token is the most likely one. Bytes that are no text share one spelling.
@@ -195,7 +196,7 @@ def test_chat_logprobs(client: httpx.Client) -> None:
     messages = [{"role": "user", "content": "hi"}]
     body = {"messages": messages, "logprobs": True, "top_logprobs": 2} | GREEDY
     content = client.post(CHAT, json=body).raise_for_status().json()["choices"][0]["logprobs"]["content"]
-    assert len(content) == 40
+    assert len(content) == TOKENS
     assert all(len(e["top_logprobs"]) == 2 and e["bytes"] == list(e["token"].encode()) for e in content)
 
 
