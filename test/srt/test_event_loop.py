@@ -29,8 +29,8 @@ SENT_AT_ONCE = 1 << 16  # bytes of a body, as a socket gives them
 
 IDS = [i % 250 for i in range(1900)]
 TEXTS = {"return_text_in_logprobs": True}
-LONG = {"max_new_tokens": 40, "ignore_eos": True}
-OPENAI = {"max_tokens": 40, "ignore_eos": True}
+LONG = {"max_new_tokens": 60, "ignore_eos": True}
+OPENAI = {"max_tokens": 60, "ignore_eos": True}
 
 FIRST = json.dumps(params(max_new_tokens=1)).encode()
 
@@ -54,13 +54,13 @@ ANSWERS = [
     Row(
         "echo",
         COMPLETIONS,
-        lambda: OPENAI | {"prompt": IDS, "n": 2, "logprobs": 20, "echo": True, "stream": True},
+        lambda: OPENAI | {"prompt": IDS, "n": 3, "logprobs": 20, "echo": True, "stream": True},
         200,
     ),
     Row(
         "echo, whole",
         COMPLETIONS,
-        lambda: OPENAI | {"prompt": IDS, "n": 2, "logprobs": 20, "echo": True},
+        lambda: OPENAI | {"prompt": IDS, "n": 6, "logprobs": 20, "echo": True},
         200,
     ),
     Row("chat", CHAT, lambda: chat(n=32, logprobs=True, top_logprobs=20, stream=True) | OPENAI, 200),
