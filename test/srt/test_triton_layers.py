@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,6 +142,27 @@ def test_small_linear(rows: int, outputs: int, size: int, dtype: torch.dtype) ->
     torch.testing.assert_close(
         small_linear(x, weight, 0.25), F.linear(x.float(), weight) * 0.25, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "heads", "outputs", "size"), [(1, 1, 240, 256), (5, 3, 7, 100), (16, 1, 4160, 64), (0, 1, 3, 8)]
+)
+def test_multiply_few_rows(
+    rows: int, heads: int, outputs: int, size: int, splits: int, dtype: torch.dtype, monkeypatch: Any
+) -> None:
+    from sglang.srt.layers.triton_kernels import few_rows
+
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter cannot multiply bfloat16 matrices")
+    blocks = replace(few_rows.Blocks.choose(outputs, size, dtype), splits=splits)
+    monkeypatch.setattr(few_rows.Blocks, "choose", lambda *_: blocks)
+    x = randn(rows, heads, size + 8, dtype=dtype)[..., :size]
+    weight = randn(heads, outputs, size, dtype=dtype) * size**-0.5
+    expected = torch.einsum("thk,hnk->thn", x.float(), weight.float()).to(dtype)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else TOLERANCES[dtype]
+    torch.testing.assert_close(few_rows.multiply_few_rows(x, weight), expected, **close)
 
 
 @pytest.mark.parametrize(

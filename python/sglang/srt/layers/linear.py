@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+FEW_ROWS = 16
+
 
 class Layer(nn.Module):
     """A module that is called straight. What `nn.Module` does around a call serves hooks, of which there are
@@ -25,7 +27,7 @@ class Linear(Layer, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]"""
-        return F.linear(x, self.weight, self.bias)
+        return multiply(x, self.weight) if self.bias is None else F.linear(x, self.weight, self.bias)
 
 
 def linear(
@@ -40,16 +42,36 @@ def linear(
     return Linear(in_features, out_features, bias=bias, dtype=dtype, device=device)
 
 
+def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, in], weight [out, in] -> [T, out]."""
+    if not _are_few_rows(x):
+        return F.linear(x, weight)
+    return _multiply_few_rows(x[:, None], weight[None])[:, 0]
+
+
 def multiply_heads(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, H, in], weight [H, in, out] -> [T, H, out]: each head by its own matrix.
 
     On CUDA the product is written where it belongs, row by row; a CPU would do that by a copy.
     """
+    if out is None and _are_few_rows(x) and weight.stride(1) == 1:
+        return _multiply_few_rows(x, weight.mT)
     if out is None and not x.is_cuda:
         return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
     out = x.new_empty((*x.shape[:2], weight.shape[2])) if out is None else out
     torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
     return out
+
+
+def _are_few_rows(x: torch.Tensor) -> bool:
+    """Whether x holds a decode step's few rows, whose products have a kernel of their own."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and len(x) <= FEW_ROWS
+
+
+def _multiply_few_rows(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    from sglang.srt.layers.triton_kernels.few_rows import multiply_few_rows
+
+    return multiply_few_rows(x, weight)
 
 
 def stacked(*linears: Linear) -> torch.Tensor:

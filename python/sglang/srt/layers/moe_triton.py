@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from sglang.srt.layers.triton_kernels.launch import dependent_launch, wait_for_inputs
+from sglang.srt.layers.triton_kernels.sum_parts import sum_parts
 
 GROUP_TILE = 1024  # pairs that the grouping looks at in one go
-SUM_BLOCK = 1024
 NONE = -1
 
 
@@ -37,7 +37,7 @@ class Blocks:
             return cls(16, 32, 16, 4, 1)
         per_expert = pairs / experts
         if per_expert <= 16:
-            return cls(16, 64, 64, 4, 4)
+            return cls(16, 32, 128, 4, 4)
         if per_expert <= 256:
             return cls(64, 64, 64, 4, 4)
         return cls(128, 128, 64, 8, 2)
@@ -182,25 +182,6 @@ def _down_kernel(
         tl.store(out_at, y, mask=live[:, None] & in_n[None, :])
 
 
-@triton.jit
-def _sum_kernel(
-    parts,  # [T, K, hidden], float32
-    out,  # [T, hidden]
-    hidden,
-    TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """One program: BLOCK elements of one row."""
-    wait_for_inputs(DEPENDENT)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for k in tl.static_range(TOP_K):
-        total += tl.load(parts + (row * TOP_K + k) * hidden + at, mask=at < hidden, other=0.0)
-    tl.store(out + row * hidden + at, total.to(out.dtype.element_ty), mask=at < hidden)
-
-
 def group_by_expert(
     experts: torch.Tensor,  # [T, K], int64
     count: int,  # E
@@ -276,9 +257,4 @@ def routed_experts(
         *down.stride(),
         **options,
     )
-    out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
-    block = min(SUM_BLOCK, triton.next_power_of_2(hidden))
-    _sum_kernel[(rows, triton.cdiv(hidden, block))](
-        parts, out, hidden, TOP_K=top_k, BLOCK=block, **dependent_launch(x.device)
-    )
-    return out
+    return sum_parts(parts, x.dtype)

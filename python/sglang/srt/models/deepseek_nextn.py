@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import Layer, linear
+from sglang.srt.layers.linear import Layer, linear, multiply
 from sglang.srt.layers.rotary import RotaryEmbedding
 from sglang.srt.layers.triton_kernels import runs_triton
 from sglang.srt.model_config import ModelConfig
@@ -76,7 +76,7 @@ class DeepseekV3ForCausalLMNextN(Layer):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, hidden] -> [R, vocab], in the model's dtype"""
         assert self.head is not None, "set_embed_and_head comes first"
-        return F.linear(hidden, self.head)
+        return multiply(hidden, self.head)
 
     @property
     def _prefix(self) -> str:

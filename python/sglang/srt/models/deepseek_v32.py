@@ -15,7 +15,7 @@ from torch import nn
 
 from sglang.srt.layers.attention.base_attn_backend import MLAInputs
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import Layer, linear, multiply_heads, stacked
+from sglang.srt.layers.linear import Layer, linear, multiply, multiply_heads, stacked
 from sglang.srt.layers.moe import DeepseekMoE, GatedMLP
 from sglang.srt.layers.rotary import RotaryEmbedding, apply_rotary_half, apply_rotary_interleaved
 from sglang.srt.layers.triton_kernels import runs_triton
@@ -147,7 +147,7 @@ class MLAttention(Layer):
         index_product = indexer.weights_proj.weight, indexer.scale
         at_once = selects and len(x) <= MAX_ROWS and forward_batch.last_rows is None
         q_latent, index_weights = write_latents(
-            F.linear(x, self.from_hidden),
+            multiply(x, self.from_hidden),
             rotation,
             loc,
             (self.q_a_layernorm.weight, self.q_a_layernorm.eps),
@@ -163,7 +163,7 @@ class MLAttention(Layer):
         if forward_batch.last_rows is not None:
             x, q_latent, rotation = (rows[forward_batch.last_rows] for rows in (x, q_latent, rotation))
         split = self.q_b_proj.out_features
-        queries = F.linear(q_latent, self.from_q_latent if selects else self.q_b_proj.weight)
+        queries = multiply(q_latent, self.from_q_latent if selects else self.q_b_proj.weight)
         heads = queries[:, :split].unflatten(-1, (self.config.num_attention_heads, -1))
         q_index = None
         if selects:
@@ -279,7 +279,7 @@ class DeepseekV32ForCausalLM(Layer):
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, hidden] -> [R, vocab], in the model's dtype"""
-        return F.linear(hidden, self.lm_head.weight)
+        return multiply(hidden, self.lm_head.weight)
 
     def checkpoint_weights(self) -> dict[str, torch.Tensor]:
         """Every weight to fill, by its name in the checkpoint."""
