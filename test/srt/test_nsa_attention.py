@@ -114,22 +114,26 @@ def test_sparse_mla_with_latents_in_two_parts(heads: int, monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(
-    ("heads", "latent", "shared", "expected"),
+    ("rows", "heads", "latent", "shared", "expected"),
     [
-        (128, 512, 227 << 10, (128, 64, 2, 1)),
-        (64, 512, 227 << 10, (64, 64, 1, 2)),
-        (128, 448, 227 << 10, (64, 64, 1, 2)),
-        (128, 512, 163 << 10, (32, 32, 1, 2)),  # A100
-        (128, 512, 99 << 10, (16, 32, 1, 1)),  # cards for desktops
-        (16, 512, 99 << 10, (16, 32, 1, 2)),
-        (8, 64, 99 << 10, (16, 32, 1, 2)),
-        (40, 64, 99 << 10, (32, 32, 1, 2)),
+        (5, 128, 512, 227 << 10, (128, 64, 2, 1)),
+        (5, 64, 512, 227 << 10, (64, 64, 1, 2)),
+        (5, 128, 448, 227 << 10, (64, 64, 1, 2)),
+        (5, 128, 512, 163 << 10, (32, 32, 1, 2)),  # A100
+        (5, 128, 512, 99 << 10, (16, 32, 1, 1)),  # cards for desktops
+        (1, 128, 512, 227 << 10, (16, 64, 1, 1)),
+        (2, 64, 512, 99 << 10, (16, 64, 1, 1)),
+        (1, 16, 512, 99 << 10, (16, 32, 1, 2)),
+        (5, 8, 64, 99 << 10, (16, 32, 1, 2)),
+        (1, 40, 64, 99 << 10, (32, 32, 1, 2)),
     ],
 )
-def test_a_tile_fits_the_device(heads: int, latent: int, shared: int, expected: tuple[int, ...]) -> None:
+def test_a_tile_fits_the_device(
+    rows: int, heads: int, latent: int, shared: int, expected: tuple[int, ...]
+) -> None:
     from sglang.srt.layers.attention.nsa.sparse_mla_triton import Tile
 
-    tile = Tile.choose(heads, latent, 64, torch.bfloat16, shared)
+    tile = Tile.choose(rows, heads, latent, 64, torch.bfloat16, shared)
     assert (tile.heads, tile.slots, tile.parts, tile.stages) == expected
     assert tile.shared_bytes(tile.latents + 64) <= shared
 

@@ -156,7 +156,7 @@ def test_multiply_few_rows(
 
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter cannot multiply bfloat16 matrices")
-    blocks = replace(few_rows.Blocks.choose(outputs, size, dtype), splits=splits)
+    blocks = replace(few_rows.Blocks.choose(heads, outputs, size, dtype), splits=splits)
     monkeypatch.setattr(few_rows.Blocks, "choose", lambda *_: blocks)
     x = randn(rows, heads, size + 8, dtype=dtype)[..., :size]
     weight = randn(heads, outputs, size, dtype=dtype) * size**-0.5

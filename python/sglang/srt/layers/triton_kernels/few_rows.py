@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -12,9 +12,8 @@ from sglang.srt.layers.triton_kernels.launch import dependent_launch, wait_for_i
 from sglang.srt.layers.triton_kernels.sum_parts import sum_parts
 
 BLOCK_T = 16  # rows; more are a matter for a library's product
-MANY_OUTPUTS = 16384
-TARGET_PROGRAMS = 256  # two for each multiprocessor of a large card
-MIN_SPLIT = 4096  # inputs; a shorter part of a sum costs more to add than it gains
+TARGET_PROGRAMS = 128  # about one for each multiprocessor of a large card
+MIN_SPLIT = 2048  # inputs; a shorter part of a sum costs more to add than it gains
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,22 @@ class Blocks:
     splits: int
 
     @classmethod
-    def choose(cls, outputs: int, inputs: int, dtype: torch.dtype) -> Blocks:
+    def choose(cls, heads: int, outputs: int, inputs: int, dtype: torch.dtype) -> Blocks:
         """The fastest as measured on an H200, of 1 to 5 rows."""
         if dtype == torch.float32:  # not done by tensor cores: operands must fit the registers
             return cls(16, 32, 1, 1)
-        if outputs >= MANY_OUTPUTS:
-            return cls(64, 128, 4, 1)
-        splits = 1
-        while outputs // 32 * splits * 2 <= TARGET_PROGRAMS and inputs >= splits * 2 * MIN_SPLIT:
-            splits *= 2
-        return cls(32, 256, 4, splits)
+        wide, narrow = (cls._split(heads, outputs, inputs, *tile) for tile in ((64, 128), (32, 256)))
+        return wide if wide.programs(heads, outputs) >= TARGET_PROGRAMS else narrow
+
+    @classmethod
+    def _split(cls, heads: int, outputs: int, inputs: int, tile_outputs: int, tile_inputs: int) -> Blocks:
+        blocks = cls(tile_outputs, tile_inputs, 4, 1)
+        while blocks.programs(heads, outputs) < TARGET_PROGRAMS and inputs >= 2 * blocks.splits * MIN_SPLIT:
+            blocks = replace(blocks, splits=2 * blocks.splits)
+        return blocks
+
+    def programs(self, heads: int, outputs: int) -> int:
+        return heads * triton.cdiv(outputs, self.outputs) * self.splits
 
 
 @triton.jit
@@ -90,11 +95,11 @@ def multiply_few_rows(
     """Each head by its own matrix: [T, H, N]."""
     (rows, heads, size), outputs = x.shape, weight.shape[1]
     assert x.stride(2) == 1 and weight.stride(2) == 1 and rows <= BLOCK_T
-    blocks = Blocks.choose(outputs, size, x.dtype)
+    if not rows:
+        return x.new_empty((0, heads, outputs))
+    blocks = Blocks.choose(heads, outputs, size, x.dtype)
     dtype = torch.float32 if blocks.splits > 1 else x.dtype
     out = torch.empty((rows, blocks.splits, heads, outputs), dtype=dtype, device=x.device)
-    if not rows:
-        return out[:, 0]
     split_size = triton.cdiv(size, blocks.splits * blocks.inputs) * blocks.inputs
     _few_rows_kernel[(triton.cdiv(outputs, blocks.outputs), heads, blocks.splits)](
         x,

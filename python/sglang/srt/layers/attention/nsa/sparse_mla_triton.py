@@ -16,7 +16,7 @@ import triton.language as tl
 from .launch_triton import dependent_launch, wait_for_inputs
 from .shared_memory import shared_memory
 
-TARGET_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
+TARGET_PROGRAMS = 132  # the multiprocessors of an H200: most tiles leave no room for a second program
 MIN_SPLIT = 128  # slots; a shorter split costs more to merge than it gains
 MAX_SPLITS = 16
 MAX_SCAN = 2048  # slots looked at in one go for the last that counts
@@ -36,7 +36,7 @@ class Tile:
     stages: int
 
     @classmethod
-    def choose(cls, heads: int, latent: int, rope: int, dtype: torch.dtype, shared: int) -> Tile:
+    def choose(cls, rows: int, heads: int, latent: int, rope: int, dtype: torch.dtype, shared: int) -> Tile:
         """The fastest, as measured on an H200 (docs/attention_backends.md), that fits `shared` bytes."""
         latents = max(16, triton.next_power_of_2(latent))
         warps = 8 if latents >= 512 else 4
@@ -50,6 +50,8 @@ class Tile:
             # whose sums over all latents do not fit the registers: so two programs take a half each.
             if heads > 64 and latents == latent:
                 candidates.insert(0, cls(128, 64, latents, 2, 8, 1))
+            if rows * triton.cdiv(heads, 16) * MAX_SPLITS <= TARGET_PROGRAMS:  # of one or two rows
+                candidates.insert(0, cls(16, 64, latents, 1, 4, 1))
         return next((tile for tile in candidates if tile.shared_bytes(latents + rope) <= shared), few)
 
     def shared_bytes(self, dim: int) -> int:
@@ -198,15 +200,8 @@ def _merge_kernel(
 
 
 def choose_splits(rows: int, head_blocks: int, topk: int) -> int:
-    """Parts to divide each row's slots into, so that few rows still fill the device; a power of two."""
-    splits = 1
-    while (
-        splits < MAX_SPLITS
-        and rows * head_blocks * splits * 2 <= TARGET_PROGRAMS
-        and topk >= splits * 2 * MIN_SPLIT
-    ):
-        splits *= 2
-    return splits
+    """Parts to divide each row's slots into, so that few rows still fill the device, once."""
+    return max(1, min(MAX_SPLITS, topk // MIN_SPLIT, TARGET_PROGRAMS // (rows * head_blocks)))
 
 
 def sparse_mla(
@@ -226,7 +221,7 @@ def sparse_mla(
     if rows == 0 or topk == 0:
         return out.zero_()
     block_r = max(16, triton.next_power_of_2(q_rope.shape[-1]))
-    tile = Tile.choose(heads, latent, block_r, q_nope.dtype, shared_memory(out.device))
+    tile = Tile.choose(rows, heads, latent, block_r, q_nope.dtype, shared_memory(out.device))
     head_blocks = triton.cdiv(heads, tile.heads)
     splits = choose_splits(rows, head_blocks * tile.parts, topk)
     parts, log_sums = out, out
