@@ -2,7 +2,7 @@
 
     python plugin/tests/gpu/minisgl_check.py PART... --out FOLDER
 
-Parts: inputs, tokens, tokens-overlapping, copies, steps, steps-fi, servers, servers-tp2, tokens-and-servers.
+Parts: inputs, tokens, tokens-overlapping, copies, steps, enqueues, servers, servers-tp2, tokens-and-servers.
 
 Needs mini-sglang's `python/` folder, the plugin's wheel unpacked and minisgl_stand_in/ on PYTHONPATH. MODEL
 is a folder with a tokenizer and a config; weights are random. Each LLM and server is a process of its own.
@@ -18,10 +18,9 @@ import random
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ def make_model(source: Path, target: Path, **changes: object) -> Path:
 
 
 class Check:
-    def __init__(self, model: Path, out: Path) -> None:
-        self.out, self.failed = out, []
+    def __init__(self, model: Path, out: Path, runs: Sequence[str]) -> None:
+        self.out, self.runs, self.failed = out, runs, []
         self.model = make_model(model, out / "model", vocab_size=512)
         self.large = model
         self.lines: list[str] = []
@@ -107,23 +106,23 @@ class Check:
         with ThreadPoolExecutor(16) as pool:
             running = {}
             for number, case in enumerate(TOKEN_CASES):
-                for run in RUNS:
+                for run in self.runs:
                     name = f"tokens_{number}_{run.replace(' ', '_')}"
                     arguments = ("tokens", run.split()[0], case, self.model, name, number)
                     running[case, run] = pool.submit(self.child, *arguments)
             for case in TOKEN_CASES:
-                self.compare_tokens(case, {run: running[case, run].result() for run in RUNS})
+                self.compare_tokens(case, {run: running[case, run].result() for run in self.runs})
 
     def tokens_overlapping(self) -> None:
         """One process at a time: another's turn on the GPU would widen mini-sglang's own gaps."""
         results = {}
-        for run in RUNS:
+        for run in self.runs:
             name = f"overlapping_{run.replace(' ', '_')}"
             results[run] = self.child("tokens-overlapping", run.split()[0], "fa", self.model, name)
-            self.compare_tokens("fa", {"0": results["0"], run: results[run]})
+            self.compare_tokens("fa", {"0": results.get("0"), run: results[run]})
 
     def compare_tokens(self, case: str, results: dict[str, Any]) -> None:
-        for schedule in results["0"] or ():
+        for schedule in results.get("0") or ():
             title = f"tokens, {case}, {schedule}"
             answers = {run: found and found[schedule]["answers"] for run, found in results.items()}
             foreign = {run: found and found[schedule]["foreign"] for run, found in results.items()}
@@ -132,7 +131,7 @@ class Check:
 
     def compare(self, title: str, results: dict[str, list[Any] | None], exact: bool) -> None:
         """Every mode against mode 0, request by request."""
-        own = results["0"]
+        own = results.get("0")
         for mode, found in results.items():
             if mode == "0" or own is None or found is None:
                 continue
@@ -150,38 +149,51 @@ class Check:
                 f"{row['launches']:>3} launches {row['host_us']:8.2f} us"
             )
 
-    def steps(self, backend: str = "fa") -> None:
-        """Modes by turns: 0 and 1 in one LLM, in_graph in another; the one that has no turn waits."""
-        with contextlib.ExitStack() as stack:
-            one, in_graph = (SteppingLLM(self, mode, backend) for mode in ("1", "in_graph"))
-            for llm in (one, in_graph):
-                stack.callback(llm.end)
-            one.answer(), in_graph.answer()  # both are ready
-            owners = {"0": one, "1": one, "in_graph": in_graph}
-            rows = [row for bs in SIZES for row in self.measure_turns(owners, backend, bs)]
-            for row in rows:
-                row["enqueues"] = owners[row["mode"]].ask("enqueues", row["mode"], row["bs"])
-                self.say(f"{backend} bs {row['bs']:>3} mode {row['mode']:<8}: {row['enqueues']:.1f} enqueues")
-        name = f"steps_{backend.replace(',', '_')}.json"
-        (self.out / name).write_text(json.dumps(rows, indent=1) + "\n")
+    def steps(self) -> None:
+        """Modes by turns: 0 and 1 in one LLM, in_graph in another; those that have no turn wait."""
+        rows = []
+        with self.stepping() as llms:
+            for bs in SIZES:
+                for backend, owners in llms.items():
+                    rows += self.measure_turns(owners, backend, bs)
+        (self.out / "steps.json").write_text(json.dumps(rows, indent=1) + "\n")
 
     def measure_turns(self, owners: dict[str, SteppingLLM], backend: str, bs: int) -> list[dict[str, Any]]:
-        turns = [{mode: llm.ask("turn", mode, bs) for mode, llm in owners.items()} for _ in range(6)]
+        turns = [{mode: llm.ask("turn", mode, bs) for mode, llm in owners.items()} for _ in range(5)]
         rows = []
         for mode in owners:
             own = [turn[mode] for turn in turns[1:]]  # the first warms up
             times = {name.strip("_"): statistics.median(spent[name] for spent in own) for name in own[0]}
             rows.append({"backend": backend, "mode": mode, "bs": bs, **times})
             spent = ", ".join(f"{name} {time:7.1f}" for name, time in times.items())
-            self.say(f"{backend} bs {bs:>3} mode {mode:<8}: {spent} us")
+            self.say(f"steps {backend:<5} bs {bs:>3} mode {mode:<8}: {spent} us")
         return rows
 
+    def enqueues(self) -> None:
+        with self.stepping() as llms:
+            for backend, owners in llms.items():
+                for bs in SIZES:
+                    counts = {mode: llm.ask("enqueues", mode, bs) for mode, llm in owners.items()}
+                    self.say(f"enqueues {backend:<5} bs {bs:>3}: {counts}")
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[dict[str, dict[str, SteppingLLM]]]:
+        """For each decode backend, by mode: LLMs that are ready."""
+        with contextlib.ExitStack() as stack:
+            llms = {}
+            for backend in ("fa", "fa,fi"):
+                one, in_graph = (SteppingLLM(self, mode, backend) for mode in ("1", "in_graph"))
+                stack.callback(one.end)
+                stack.callback(in_graph.end)
+                llms[backend] = {"0": one, "1": one, "in_graph": in_graph}
+            for owners in llms.values():
+                owners["1"].answer(), owners["in_graph"].answer()
+            yield llms
+
     def servers(self, tp: int = 1) -> None:
-        """Started one after the other where ranks compare their free memory, asked all at once."""
-        with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(RUNS)) as pool:
-            starting = threading.Semaphore(len(RUNS) if tp == 1 else 1)
-            running = {run: pool.submit(self.serve, run, tp, starting, stack) for run in RUNS}
-            results = {run: answers.result() for run, answers in running.items()}
+        # With one rank each all at once; ranks compare their free memory when they start.
+        with ThreadPoolExecutor(len(self.runs) if tp == 1 else 1) as pool:
+            results = dict(zip(self.runs, pool.map(lambda run: self.serve(run, tp), self.runs)))
         self.compare(f"server, tp {tp}, one after the other", results, exact=True)
 
     def tokens_and_servers(self) -> None:
@@ -190,25 +202,24 @@ class Check:
             for part in (pool.submit(self.tokens), pool.submit(self.servers)):
                 part.result()
 
-    def serve(
-        self, run: str, tp: int, starting: threading.Semaphore, stack: contextlib.ExitStack
-    ) -> list[str] | None:
-        """The answers of one server to one request after the other; it ends with the stack."""
+    def serve(self, run: str, tp: int) -> list[str] | None:
+        """One server's answers to one request after the other."""
         name = f"server_tp{tp}_{run.replace(' ', '_')}"
         log = self.out / f"{name}.log"
         url = f"http://127.0.0.1:{21000 + 100 * tp + 10 * RUNS.index(run)}"
         try:
-            with starting:
-                stack.enter_context(server(self.model, run.split()[0], tp, url, log))
-            answers = [ask(url, number) for number in range(300)]
-            (self.out / f"{name}.json").write_text(json.dumps(answers))
-            print(f"{name}: {len(answers)} answers", flush=True)
-            return answers
+            with server(self.model, run.split()[0], tp, url, log):
+                if tp > 1:
+                    time.sleep(2)  # a rank that connected before rank 0 was there hears nothing at first
+                answers = [ask(url, number) for number in range(300)]
         except Exception as error:
             self.failed.append(name)
             self.say(f"{name}: FAILED {error!r}")
             print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), flush=True)
             return None
+        (self.out / f"{name}.json").write_text(json.dumps(answers))
+        print(f"{name}: {len(answers)} answers", flush=True)
+        return answers
 
 
 class SteppingLLM:
@@ -307,7 +318,7 @@ def main() -> int:
             "tokens-overlapping",
             "copies",
             "steps",
-            "steps-fi",
+            "enqueues",
             "servers",
             "servers-tp2",
             "tokens-and-servers",
@@ -315,16 +326,17 @@ def main() -> int:
     )
     parser.add_argument("--model", type=Path, default=os.environ.get("MODEL"))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="of tokens and servers")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    check = Check(options.model, options.out)
+    check = Check(options.model, options.out, options.runs)
     parts = {
         "inputs": check.inputs,
         "tokens": check.tokens,
         "tokens-overlapping": check.tokens_overlapping,
         "copies": check.copies,
         "steps": check.steps,
-        "steps-fi": lambda: check.steps("fa,fi"),
+        "enqueues": check.enqueues,
         "servers": check.servers,
         "tokens-and-servers": check.tokens_and_servers,
         "servers-tp2": lambda: check.servers(2),
