@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FEW_ROWS = 16
+FEW_ROWS = 16  # of a decode step; one tile of their kernel
 
 
 class Layer(nn.Module):
