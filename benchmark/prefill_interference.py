@@ -2,8 +2,9 @@
 
     python benchmark/prefill_interference.py --model-path models/tiny-nsa --device cuda --rates 5 50
 
-Some requests decode; their time per token is measured alone, then while prompts arrive at a fixed rate, each
-answered with one token. Where the rate is high enough to use up the burst, that comes first.
+Some requests decode; their time per token is measured while prompts arrive at a fixed rate, each answered
+with one token, and alone: before and after, since it grows with their length. Where the rate is high enough
+to use up the burst, that comes first.
 """
 
 from __future__ import annotations
@@ -66,9 +67,14 @@ class Load:
         messages = [self.engine.link.outbox.popleft() for _ in range(len(self.engine.link.outbox))]
         return [output for message in messages for output in message.outputs]
 
+    def drop_prompts(self, kept: list[Req]) -> None:
+        """Ends all requests but those."""
+        rids = self.scheduler.requests.keys() - {req.rid for req in kept}
+        self.scheduler.handle(AbortReq(list(rids)))
+
     def start(self, count: int, burst: float | None) -> list[Req]:
         """Ends whatever there is, and starts anew."""
-        self.scheduler.handle(AbortReq(list(self.scheduler.requests)))
+        self.drop_prompts([])
         self.scheduler.prefill_budget = PrefillBudget(burst)
         for prompt in random_prompts(count, self.args.prompt_len, self.scheduler.worker.vocab_size):
             self.send(prompt, self.args.max_new_tokens)
@@ -109,10 +115,13 @@ class Load:
 def measure(load: Load, burst: float | None, rate: float) -> Measurement:
     args = load.args
     reqs = load.start(args.running, burst)
-    alone, _, _ = load.watch(reqs, args.seconds, 0)
+    before, _, _ = load.watch(reqs, args.seconds / 2, 0)
     if burst:
         load.watch(reqs, args.seconds, rate, until_overdrawn=True)
     arriving, longest, ttft = load.watch(reqs, args.seconds, rate)
+    load.drop_prompts(reqs)
+    after, _, _ = load.watch(reqs, args.seconds / 2, 0)
+    alone = (before + after) / 2
     median = statistics.median(ttft) if ttft else float("nan")
     return Measurement(burst, rate, alone, arriving, arriving / alone, longest, len(ttft), median)
 

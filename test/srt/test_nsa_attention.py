@@ -117,6 +117,7 @@ def test_sparse_mla_with_latents_in_two_parts(heads: int, monkeypatch: pytest.Mo
     ("rows", "heads", "latent", "shared", "expected"),
     [
         (5, 128, 512, 227 << 10, (128, 64, 2, 1)),
+        (133, 128, 512, 227 << 10, (64, 64, 1, 2)),  # enough rows to fill the device
         (5, 64, 512, 227 << 10, (64, 64, 1, 2)),
         (5, 128, 448, 227 << 10, (64, 64, 1, 2)),
         (5, 128, 512, 163 << 10, (32, 32, 1, 2)),  # A100

@@ -145,16 +145,13 @@ def test_select_topk_in_chunks_of_rows(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS[-1:])
-@pytest.mark.parametrize("in_pairs", [True, False])
 @pytest.mark.parametrize("tile", [32, 128])
-def test_select_topk_of_rows_that_fit_no_tile(
-    name: str, tile: int, in_pairs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Lengths around a tile and its parts: of those above it the k-th score is found another way."""
+def test_select_topk_of_rows_that_fit_no_tile(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths around a tile and its half: of those above it the k-th score is found another way."""
     from sglang.srt.layers.attention.nsa.indexer_triton import TopkTile
 
-    monkeypatch.setattr(TopkTile, "choose", classmethod(lambda cls, rows: cls(tile, 64, in_pairs, warps=4)))
-    lengths = [17, tile // 4, tile // 4 + 1, tile // 2, tile // 2 + 1, tile - 1, tile, tile + 1, 300]
+    monkeypatch.setattr(TopkTile, "choose", classmethod(lambda cls, rows: cls(tile, block=64, warps=4)))
+    lengths = [17, tile // 2, tile // 2 + 1, tile - 1, tile, tile + 1, 300]
     for values in (0, 1, 4):
         check_select(SelectCase("tiles", lengths, columns=300, heads=2, dim=16, values=values), name)
 

@@ -109,9 +109,10 @@ class Scheduler:
 
     def step(self) -> None:
         """Receive, schedule, forward, process, send. Waits for a message when there is nothing to do."""
-        for message in self.link.receive(block=self.is_idle):
-            self.handle(message)
+        messages = self.link.receive(block=self.is_idle)
         start, steps = time.perf_counter(), self.num_decode_steps
+        for message in messages:
+            self.handle(message)
         decoding = bool(self.running)
         if not decoding:
             self.prefill_budget.refill()

@@ -118,10 +118,10 @@ def _ordered_keys(scores, columns, live):
 
 
 @triton.jit
-def _kth_in_registers(scores, length, topk, TILE: tl.constexpr, IN_PAIRS: tl.constexpr):
+def _kth_in_registers(scores, length, topk, TILE: tl.constexpr):
     """Of a row that fits one tile: a key, and how many of those equal to it are among the top-k. The k-th
     highest is found bit by bit, as the greatest number that at least k keys reach, unless fewer bits part
-    exactly k from the rest. In pairs of bits it takes half the rounds, and more work in each."""
+    exactly k from the rest."""
     columns = tl.arange(0, TILE)
     live = columns < length
     keys = tl.where(live, _ordered_keys(scores, columns, live), 0)  # nobody asks for keys of at least 0
@@ -129,26 +129,11 @@ def _kth_in_registers(scores, length, topk, TILE: tl.constexpr, IN_PAIRS: tl.con
     reached = length
     bit = tl.full((), 1 << 31, dtype=tl.uint32)
     while (bit > 0) & (reached != topk):
-        if IN_PAIRS:
-            # How many keys reach each of the three next numbers: counted in one sum, 16 bits each.
-            step = bit >> 1
-            first = (keys >= (threshold | step)).to(tl.int64)
-            second = (keys >= (threshold | bit)).to(tl.int64)
-            third = (keys >= (threshold | bit | step)).to(tl.int64)
-            counts = tl.sum(first + (second << 16) + (third << 32), axis=0)
-            for _ in tl.static_range(3):
-                count = (counts & 0xFFFF).to(tl.int32)
-                enough = count >= topk
-                threshold = tl.where(enough, threshold + step, threshold)
-                reached = tl.where(enough, count, reached)
-                counts = counts >> 16
-            bit = step >> 1
-        else:
-            count = tl.sum((keys >= (threshold | bit)).to(tl.int32), axis=0)
-            enough = count >= topk
-            threshold = tl.where(enough, threshold | bit, threshold)
-            reached = tl.where(enough, count, reached)
-            bit = bit >> 1
+        count = tl.sum((keys >= (threshold | bit)).to(tl.int32), axis=0)
+        enough = count >= topk
+        threshold = tl.where(enough, threshold | bit, threshold)
+        reached = tl.where(enough, count, reached)
+        bit = bit >> 1
     need = topk
     if reached != topk:  # several keys equal the k-th
         need = topk - tl.sum((keys > threshold).to(tl.int32), axis=0)
@@ -218,7 +203,6 @@ def _topk_kernel(
     padding_slot,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
-    IN_PAIRS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: one row. Finds the k-th highest score, then writes the slots of all scores above it and
@@ -235,12 +219,10 @@ def _topk_kernel(
             page = tl.load(page_table + columns, mask=columns < length, other=padding_slot)
             tl.store(slots + columns, page, mask=columns < topk)
     else:
-        if length <= TILE // 4:
-            threshold, need = _kth_in_registers(scores, length, topk, TILE // 4, IN_PAIRS)
-        elif length <= TILE // 2:
-            threshold, need = _kth_in_registers(scores, length, topk, TILE // 2, IN_PAIRS)
+        if length <= TILE // 2:
+            threshold, need = _kth_in_registers(scores, length, topk, TILE // 2)
         elif length <= TILE:
-            threshold, need = _kth_in_registers(scores, length, topk, TILE, IN_PAIRS)
+            threshold, need = _kth_in_registers(scores, length, topk, TILE)
         else:
             threshold, need = _kth_by_digits(scores, length, topk, BLOCK)
         _store_selected(scores, page_table, slots, length, threshold, need, BLOCK)
@@ -252,12 +234,11 @@ class TopkTile:
 
     keys: int  # that its registers hold: a longer row is read again and again
     block: int  # keys that it stores the slots of in one go
-    in_pairs: bool  # of bits: where a row should be fast, and not the device busy
     warps: int
 
     @classmethod
     def choose(cls, rows: int) -> TopkTile:
-        return cls(8192, 1024, False, 4) if rows >= MANY_ROWS else cls(8192, 4096, True, 16)
+        return cls(8192, 1024, 4) if rows >= MANY_ROWS else cls(8192, 4096, 8)
 
 
 def select_topk(
@@ -343,7 +324,6 @@ def select_topk(
             padding_slot,
             BLOCK=tile.block,
             TILE=tile.keys,
-            IN_PAIRS=tile.in_pairs,
             num_warps=tile.warps,
             **dependent_launch(slots.device),
         )

@@ -47,8 +47,9 @@ class Tile:
         if latents == 512 and heads > 16:
             candidates.insert(0, cls(64, 64, latents, 1, 8, 2))
             # A warpgroup's product has 64 rows. For two of them to share no row there must be 128 heads,
-            # whose sums over all latents do not fit the registers: so two programs take a half each.
-            if heads > 64 and latents == latent:
+            # whose sums over all latents do not fit the registers: so two programs take a half each. That
+            # is faster for few rows; for many, that the scores are computed twice counts for more.
+            if heads > 64 and latents == latent and 2 * rows <= TARGET_PROGRAMS:
                 candidates.insert(0, cls(128, 64, latents, 2, 8, 1))
             if rows * triton.cdiv(heads, 16) * MAX_SPLITS <= TARGET_PROGRAMS:  # of one or two rows
                 candidates.insert(0, cls(16, 64, latents, 1, 4, 1))
