@@ -117,7 +117,7 @@ def measure(load: Load, burst: float | None, rate: float) -> Measurement:
     reqs = load.start(args.running, burst)
     before, _, _ = load.watch(reqs, args.seconds / 2, 0)
     if burst:
-        load.watch(reqs, args.seconds, rate, until_overdrawn=True)
+        load.watch(reqs, args.seconds + 2 * burst, rate, until_overdrawn=True)
     arriving, longest, ttft = load.watch(reqs, args.seconds, rate)
     load.drop_prompts(reqs)
     after, _, _ = load.watch(reqs, args.seconds / 2, 0)
