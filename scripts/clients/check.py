@@ -232,6 +232,8 @@ def main() -> int:
     parser.add_argument("--table", type=Path, help="the file whose table is replaced")
     parser.add_argument("--only", default="", help="a piece of the names of what is run")
     args = parser.parse_args()
+    if args.table and not (args.table.is_file() and BEGIN in args.table.read_text()):
+        parser.error(f"--table {args.table}: no file with the line {BEGIN}")
     rows, failures = [], 0
     work = args.work.resolve()
     with server(args.server_python, work / "server.log") as url:
