@@ -72,7 +72,8 @@ def pooled(monkeypatch):
         pytest.skip("this release has no pooled keys")
 
     def write_plan(*, write_start, req_pool_indices, real_page_table, req_out, write_start_out, **rest):
-        rows, kpool = req_pool_indices.shape[0], rest["kpool"]
+        rows = req_pool_indices.shape[0]
+        kpool = rest["kpool"] if "kpool" in rest else rest["pool_size"]  # its name in 0.5.20 and 0.5.21
         req_out[:rows] = req_pool_indices
         write_start_out[:rows] = write_start
         rest["tail_logical_start_out"][:rows] = write_start.to(torch.int32) // kpool * kpool
