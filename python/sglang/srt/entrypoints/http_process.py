@@ -20,6 +20,7 @@ from sglang.srt.entrypoints.http_server import build_app
 from sglang.srt.entrypoints.scheduler_process import SchedulerProcess
 from sglang.srt.environ import envs
 from sglang.srt.errors import RequestError
+from sglang.srt.garbage_collection import freeze_gc
 from sglang.srt.logging_config import configure_logging
 from sglang.srt.managers.io_struct import SchedulerReady
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -138,6 +139,7 @@ async def _serve(
             if ended.is_set():
                 return 0
             raise StartError(error.message) from error
+        freeze_gc()
         logger.info(
             "the server is ready on http://%s:%d (context %d, cache %d tokens)",
             f"[{args.host.strip('[]')}]" if ":" in args.host else args.host,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from sglang.srt.garbage_collection import freeze_gc
 from sglang.srt.managers.heartbeat import HeartbeatSender
 from sglang.srt.managers.io_struct import SchedulerFailed
 from sglang.srt.managers.scheduler import Scheduler
@@ -26,6 +27,7 @@ def run_scheduler_process(server_args: ServerArgs, port_args: PortArgs) -> None:
     try:
         worker = create_worker(server_args)  # first: it says best what is wrong with the model's files
         scheduler = Scheduler(server_args, worker, link, load_tokenizer(server_args.tokenizer_path))
+        freeze_gc()
         HeartbeatSender(port_args).start()
         link.send(scheduler.ready())
         scheduler.run()
