@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -216,79 +216,3 @@ def test_throughput_does_not_count_idle_time(monkeypatch: pytest.MonkeyPatch) ->
         harness.run(prompt_of(6, seed), max_new_tokens=8)
     state = harness.scheduler.internal_state()
     assert state["gen_throughput"] == state["last_gen_throughput"] == 1 / 0.25
-
-
-@dataclass(frozen=True)
-class Arrivals:
-    """One request decodes, and another prompt always waits; the times are those of a clock."""
-
-    per_token: float  # seconds, of the whole answer; decode steps take 0.1
-    args: dict[str, Any] = field(default_factory=dict)
-    pass_seconds: float = 0.5
-    after_pass: float = 0.0  # what a pass adds to the decode step that follows
-
-
-ARRIVALS = {
-    "no burst": Arrivals(0.125, {"prefill_burst": 0.0}),
-    "mixed chunk": Arrivals(0.125, {"enable_mixed_chunk": True}),
-    "default": Arrivals(0.125 + 2.0 / 100),
-    "a burst of three seconds": Arrivals(0.125 + 3.0 / 100, {"prefill_burst": 3.0}),
-    "short passes": Arrivals(0.11, {"prefill_burst": 0.0}, pass_seconds=0.01),
-    # Regression: the step after a pass counted as decoding however long it took.
-    "slow steps": Arrivals(0.125, {"prefill_burst": 0.0}, after_pass=0.2),
-}
-
-
-@pytest.mark.parametrize("overlaps", [False, True])
-@pytest.mark.parametrize("case", ARRIVALS.values(), ids=ARRIVALS)
-def test_decoding_keeps_its_speed_while_prompts_arrive(
-    monkeypatch: pytest.MonkeyPatch, case: Arrivals, overlaps: bool
-) -> None:
-    """Bug, by default: requests that decoded got no further while prompts kept arriving."""
-    clock, worker = WorkClock(), HistoryWorker(num_pages=400, overlaps=overlaps)
-    harness = Harness(worker, chunked_prefill_size=8, disable_radix_cache=True, **case.args)
-    monkeypatch.setattr(scheduler_module, "time", clock)
-    prompt, expected = prompt_of(6), greedy(prompt_of(6), 101)
-    decode = worker.decode
-    passes: list[float] = [0.0]  # at the last decode step
-
-    def step(*args: Any) -> Any:
-        clock.now += 0.1 + (case.after_pass if passes[-1] else 0.0)
-        passes.append(0.0)
-        return decode(*args)
-
-    def prefill(*args: Any) -> Any:
-        clock.now += case.pass_seconds
-        passes[-1] += case.pass_seconds
-        return run_prefill(*args)
-
-    run_prefill, worker.prefill, worker.decode = worker.prefill, prefill, step
-    runner = harness.send(prompt, max_new_tokens=101, stream=True)
-    harness.step()
-    began, seen = clock.now, len(harness.results[runner].output_ids)
-    for _ in range(1000):
-        if harness.results[runner].finish_reason is not None:
-            break
-        if len(harness.scheduler.queue.waiting) < 2:
-            harness.send(prompt_of(16, seed=len(harness.results)), max_new_tokens=1)
-        harness.step()
-    per_token = (clock.now - began) / (101 - seen)
-    # The last pass may be begun and not yet paid; the first step's time is all that is known at first.
-    assert case.per_token - 0.02 < per_token < case.per_token + (case.pass_seconds + 0.3) / 100
-    assert sum(passes) >= 5 * case.pass_seconds
-    harness.finish()
-    assert harness.results[runner].output_ids == expected
-
-
-def test_a_pass_that_takes_forever_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: prompts waited for four times as long as kernels had been compiled for."""
-    clock, worker = WorkClock(), HistoryWorker(num_pages=400)
-    harness = Harness(worker, chunked_prefill_size=8, disable_radix_cache=True)
-    monkeypatch.setattr(scheduler_module, "time", clock)
-    worker.prefill, worker.decode = clock.takes(60.0, worker.prefill), clock.takes(0.1, worker.decode)
-    runner = harness.send(prompt_of(6), max_new_tokens=120, stream=True)
-    harness.step(4)
-    prompts = [harness.send(prompt_of(8, seed), max_new_tokens=1) for seed in (1, 2)]
-    while any(harness.results[rid].finish_reason is None for rid in prompts):
-        harness.step()
-    assert 80 < len(harness.results[runner].output_ids) < 100

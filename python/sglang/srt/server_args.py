@@ -285,11 +285,11 @@ class ServerArgs(SGLangArgs):
         return Parser("sglang.launch_server", cls).parse(argv, cls)
 
     @property
-    def prefill_burst_limit(self) -> float | None:
-        """Seconds; None: no limit."""
+    def prefill_burst_limit(self) -> float:
+        """Seconds; infinity: no limit."""
         if self.enable_mixed_chunk:
             return 0.0
-        return None if self.prefill_burst == -1 else self.prefill_burst
+        return float("inf") if self.prefill_burst == -1 else self.prefill_burst
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments by name, with the secret ones masked."""

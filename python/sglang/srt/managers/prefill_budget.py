@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
-SLOWDOWN = 1.25  # of decoding while prompts do not end
-SMOOTHING = 0.1  # weight of the newest step in the usual time of a step
+SHARE = 0.25  # seconds of prefill that a second of decoding allows
 MOST_OVERDRAWN = 2.0  # seconds: a pass that compiles kernels may take longer
 
 
 class PrefillBudget:
-    """A token bucket of seconds: all time that passes is taken out, and each decode step that is read puts in
-    SLOWDOWN times what a step usually takes. A prefill pass may run unless the bucket is overdrawn.
+    """A token bucket of seconds, by the clock of those who decode: all time counts, from the moment at which
+    a decode step is read to that at which the next one is.
 
-    So whatever arrives, n steps take no longer than SLOWDOWN * n usual ones, `burst` seconds and the pass
-    that overdraws it. Prompts that come together are computed at once, as far as that reaches; later ones
-    wait for their share.
+    A step without a pass before it shows what decoding takes, and puts in SHARE of that. A step behind passes
+    takes out all its time but what the last step without took, which is forgotten then: no measure
+    outlives the next pass, whatever has become of the batch. A pass may run unless the bucket is overdrawn.
+
+    So whatever arrives, decoding takes no longer than 1 + SHARE times what it takes alone, `burst` seconds
+    and the pass that overdraws. Prompts that come together are computed at once, as far as the burst
+    reaches; later ones wait for their share, and nothing else: debts of more than MOST_OVERDRAWN are
+    forgiven.
     """
 
-    def __init__(self, burst: float | None) -> None:
-        """`burst`: seconds that the bucket holds, and holds at first; None: no limit."""
+    def __init__(self, burst: float) -> None:
+        """`burst`: seconds that the bucket holds, and holds at first; infinity: no limit."""
         self.burst = burst
-        self.usual_step: float | None = None  # seconds, of steps that follow another step
-        self._after_step = False
-        self.refill()
+        self.refill(0.0)
 
-    def refill(self) -> None:
-        """Nobody decodes, so nobody waits."""
-        self.seconds = self.burst or 0.0
-        self._after_step = False
+    def refill(self, now: float) -> None:
+        """Nobody has decoded until now, so nobody has waited. `now` of all methods: seconds of one clock."""
+        self.seconds = self.burst
+        self._now = now
+        self._passed = True  # since a step was read: the end of a pass may show in the step after it alone
+        self._step = 0.0  # seconds that decoding is known to take
 
     @property
     def allows_pass(self) -> bool:
         """Whether the next prefill pass may run while requests decode."""
-        return self.burst is None or self.seconds >= 0
+        return self.seconds >= 0
 
-    def account(self, seconds: float, steps: int, prefilled: bool) -> None:
-        """What happened while requests decoded: `steps` decode steps (0 or 1) were read, beside a pass or
-        not."""
-        if self.burst is None:
-            return
-        alone = bool(steps) and not prefilled
-        if alone and self._after_step:  # otherwise its time is not that of a step
-            old = seconds if self.usual_step is None else self.usual_step
-            self.usual_step = old + SMOOTHING * (seconds - old)
-        self._after_step = alone
-        usual = seconds if self.usual_step is None else self.usual_step
-        left = self.seconds + SLOWDOWN * usual * steps - seconds
-        self.seconds = max(-MOST_OVERDRAWN, min(left, self.burst))
+    def end_pass(self, now: float) -> None:
+        """A pass has run while requests waited for their next step."""
+        self._passed = True
+        self._add(self._now - now)
+        self._now = now
+
+    def read_step(self, now: float) -> None:
+        """A decode step was read; it was launched after all passes before it."""
+        elapsed, self._now = now - self._now, now
+        if self._passed:
+            self._add(self._step - elapsed)
+            self._passed, self._step = False, 0.0
+        else:
+            self._add(SHARE * elapsed)
+            self._step = elapsed
+
+    def _add(self, seconds: float) -> None:
+        self.seconds = max(-MOST_OVERDRAWN, min(self.seconds + seconds, self.burst))

@@ -100,7 +100,6 @@ class Scheduler:
         self.num_retracted_output_tokens = 0
         self.leak: str | None = None
         self.throughput = Throughput()
-        self.num_decode_steps = 0
         self.prefill_budget = PrefillBudget(server_args.prefill_burst_limit)
 
     def run(self) -> None:
@@ -110,21 +109,22 @@ class Scheduler:
     def step(self) -> None:
         """Receive, schedule, forward, process, send. Waits for a message when there is nothing to do."""
         messages = self.link.receive(block=self.is_idle)
-        start, steps = time.perf_counter(), self.num_decode_steps
+        start = time.perf_counter()
         for message in messages:
             self.handle(message)
         decoding = bool(self.running)
-        if not decoding:
-            self.prefill_budget.refill()
-        chunks = self.queue.next_chunks(len(self.running)) if self.prefill_budget.allows_pass else []
+        may_prefill = self.prefill_budget.allows_pass or not decoding
+        chunks = self.queue.next_chunks(len(self.running)) if may_prefill else []
         tokens = self.prefill(chunks) if chunks else self.decode() if decoding else None
         self.send_outputs()
         if tokens is None:
             return
-        seconds = time.perf_counter() - start
-        self.throughput.add(tokens, seconds, len(self.running), len(self.queue.waiting))
-        if decoding:
-            self.prefill_budget.account(seconds, self.num_decode_steps - steps, bool(chunks))
+        now = time.perf_counter()
+        self.throughput.add(tokens, now - start, len(self.running), len(self.queue.waiting))
+        if not decoding:
+            self.prefill_budget.refill(now)
+        elif chunks:
+            self.prefill_budget.end_pass(now)
 
     def prefill(self, chunks: list[PrefillChunk]) -> int:
         """Runs a pass, after the decode step in flight. Returns how many tokens were read."""
@@ -158,7 +158,7 @@ class Scheduler:
             return 0
         step, self.in_flight = self.in_flight, None
         output = step.pending.read()
-        self.num_decode_steps += 1
+        self.prefill_budget.read_step(time.perf_counter())
         self.process_decode(step.reqs, output)
         return sum(map(len, output.tokens))
 
