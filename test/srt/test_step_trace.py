@@ -73,10 +73,12 @@ def test_a_step_of_our_engine_is_profiled(dummy_model: Path, tmp_path: Path) -> 
 
 
 def test_arriving_prompts_are_measured_by_burst_and_rate(dummy_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "interference.json"
-    sizes = ["--running", "2", "--arriving-len", "40", "--seconds", "0.2", "--rates", "10", "--steps", "2"]
-    flags = ["--model-path", str(dummy_model), *sizes, "--max-new-tokens", "1000", "--json", str(out)]
+    out, picture = tmp_path / "interference.json", tmp_path / "interference.png"
+    sizes = ["--running", "2", "--arriving-len", "40", "--seconds", "0.4", "--rates", "5", "20"]
+    flags = ["--model-path", str(dummy_model), *sizes, "--bursts", "0", "--steps", "2"]
+    flags += ["--max-new-tokens", "1000", "--json", str(out), "--plot", str(picture)]
     assert prefill_interference.main(flags) == 0
     rows = json.loads(out.read_text())
-    assert [(row["burst"], row["rate"]) for row in rows] == [(None, 10), (2, 10), (0, 10)]
-    assert all(row["alone_ms"] > 0 and row["arriving_ms"] > 0 for row in rows)
+    assert [(row["burst"], row["rate"]) for row in rows] == [(0, 5), (0, 20)]
+    assert all(row["alone_ms"] > 0 and row["arriving_ms"] > 0 and len(row["ticks"]) > 3 for row in rows)
+    assert picture.stat().st_size > 1000
