@@ -137,7 +137,7 @@ def test_decoding_keeps_its_speed_while_prompts_arrive(
 
 
 STEPS = st.lists(st.floats(0.8, 1.25), min_size=1, max_size=30)  # each over the one before it
-PASSES = st.lists(st.builds(Pass, st.floats(0.01, 1.2), st.floats(0.0, 0.4)), min_size=1, max_size=8)
+PASSES = st.lists(st.builds(Pass, st.floats(0.01, 1.0), st.floats(0.0, 0.3)), min_size=1, max_size=8)
 
 
 @settings(max_examples=60, deadline=None)
@@ -153,8 +153,8 @@ PASSES = st.lists(st.builds(Pass, st.floats(0.01, 1.2), st.floats(0.0, 0.4)), mi
 def test_nothing_that_arrives_slows_decoding_beyond_its_share(
     ratios: list[float], passes: list[Pass], waiting: list[int], burst: float, overlaps: bool
 ) -> None:
-    """All passes and steps that end within MOST_OVERDRAWN: however long, however often, wherever their time
-    shows. A step takes at most a quarter less than the one before it."""
+    """All passes and steps that end within MOST_OVERDRAWN: however long, however often, whether their time
+    shows when they are read or one step later. A step takes no less than four fifths of the one before."""
     steps = [0.1]
     for i in range(4 * TOKENS):
         steps.append(min(max(steps[-1] * ratios[i % len(ratios)], 0.001), 0.4))
@@ -163,10 +163,10 @@ def test_nothing_that_arrives_slows_decoding_beyond_its_share(
         seconds = decode_beside_prompts(
             worker, monkeypatch, lambda i: waiting[i % len(waiting)], prefill_burst=burst
         )
-    alone = sum(worker.steps[: TOKENS - 1])
-    longest_step, longest_pass = max(worker.steps), max(taken.total for _, taken in worker.passes)
-    assert longest_step + longest_pass <= MOST_OVERDRAWN
-    assert seconds <= (1 + SHARE) * alone + burst + longest_pass + longest_step + 1e-6
+    alone = sum(worker.steps[: TOKENS - 1]) + worker.passes[0][1].tail  # its own
+    overdraws = max(taken.total for _, taken in worker.passes) + max(taken.tail for _, taken in worker.passes)
+    assert overdraws + max(worker.steps) <= MOST_OVERDRAWN
+    assert seconds <= (1 + SHARE) * alone + burst + overdraws + max(worker.steps) + 1e-6
 
 
 @settings(max_examples=20, deadline=None)

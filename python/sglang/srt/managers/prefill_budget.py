@@ -15,9 +15,9 @@ class PrefillBudget:
     outlives the next pass, whatever has become of the batch. A pass may run unless the bucket is overdrawn.
 
     So whatever arrives, decoding takes no longer than 1 + SHARE times what it takes alone, `burst` seconds
-    and the pass that overdraws. Prompts that come together are computed at once, as far as the burst
-    reaches; later ones wait for their share, and nothing else: debts of more than MOST_OVERDRAWN are
-    forgiven.
+    and the pass that overdraws, with what still ran when it began. Prompts that come together are computed
+    at once, as far as the burst reaches; later ones wait for their share, and for nothing else: of a debt no
+    more than MOST_OVERDRAWN is kept.
     """
 
     def __init__(self, burst: float) -> None:
