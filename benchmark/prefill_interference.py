@@ -28,6 +28,7 @@ from typing import Any
 import aiohttp
 from profile_step import random_prompts
 from server_process import free_port, our_command, our_environment, started
+from sglang.srt.garbage_collection import freeze_gc
 from sglang.srt.server_args import ServerArgs
 
 SETTLING_S = 0.3  # until what was given up no longer runs
@@ -278,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         titles = "burst s", "prompts/s", "ms a token", "with arrivals", "ratio", "longest wait ms", "answered"
         print(f"| {' | '.join(titles)} | TTFT ms |")
         print("|---" * 8 + "|", flush=True)
+        freeze_gc()  # a pause of this process would count as the server's
         for burst, server in zip(args.bursts, servers):
             server.wait_ready()
             rows += asyncio.run(measure_server(server.url, burst, args))
