@@ -41,6 +41,57 @@ def test_pieces_join_to_the_whole(tokenizer: Any, ids: list[int], cuts: list[int
     assert "".join(parts) + detokenizer.flush() == whole
 
 
+broken = st.lists(st.sampled_from([0x80, 0xE2, 0x82, 0xF0, 0x9F, 0x98, EOS]), min_size=20, max_size=60)
+
+
+@given(ids=broken, cuts=cuts, skip=st.booleans())
+def test_pieces_of_bytes_that_are_no_text_join_to_the_whole(
+    tokenizer: Any, ids: list[int], cuts: list[int], skip: bool
+) -> None:
+    test_pieces_join_to_the_whole.hypothesis.inner_test(tokenizer, ids, cuts, skip)
+
+
+@pytest.mark.parametrize(
+    "pattern", [b"\x80", b"\xe2", b"\xe2\x82", b"\xf0\x9f", b"\xf0\x9f\x98", b"\xed\xa0\x80"]
+)
+@pytest.mark.parametrize("fed", [1, 4, 5])
+def test_bytes_that_never_become_text_cost_no_more_than_text(
+    tokenizer: Any, pattern: bytes, fed: int
+) -> None:
+    """Bug: all of them were decoded again with each token: a request of 4,000 such tokens, which a bias can
+    ask for, kept the HTTP process busy for longer than the model."""
+
+    class Counting:
+        longest = 0
+
+        def decode(self, ids: list[int], **options: Any) -> str:
+            self.longest = max(self.longest, len(ids))
+            return tokenizer.decode(ids, **options)
+
+    counting, ids = Counting(), list(pattern * 100)
+    detokenizer = IncrementalDetokenizer(counting)
+    parts = [detokenizer.feed(ids[i : i + fed]) for i in range(0, len(ids), fed)]
+    assert "".join(parts) + detokenizer.flush() == tokenizer.decode(ids)
+    assert counting.longest < 60
+
+
+def test_long_stops_that_nearly_match_are_compared_once(tokenizer: Any) -> None:
+    """Bug: every start of every stop was compared with each token: 2.7 ms of the HTTP process for each."""
+
+    class Counting(str):
+        compared = 0
+
+        def startswith(self, *given: Any) -> bool:
+            Counting.compared += 1
+            return super().startswith(*given)
+
+    params = SamplingParams(stop=tuple(Counting("a" * 300 + end) for end in "bcdefghi"))
+    output = OutputText(tokenizer, params)
+    parts = [output.feed([ord("a")], None) for _ in range(1000)]
+    assert "".join(parts) == "a" * 700
+    assert Counting.compared < 1000 * 2 * len(params.stop)
+
+
 @given(text=st.text(max_size=20))
 def test_valid_text_never_shows_a_replacement(tokenizer: Any, text: str) -> None:
     detokenizer = IncrementalDetokenizer(tokenizer)

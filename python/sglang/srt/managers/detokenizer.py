@@ -8,6 +8,8 @@ from sglang.srt.managers.stop_checker import find_stop
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"  # what a decoder puts for bytes that are not, or not yet, UTF-8
+MAX_CHARACTER_TOKENS = 4  # a character has at most as many bytes
+MAX_PENDING_TOKENS = 16  # tokens without the end of a character, before the window is cut among them
 
 
 class Tokenizer(Protocol):
@@ -20,6 +22,7 @@ class IncrementalDetokenizer:
     Only a window is decoded again at each call: the tokens since the last one that ended a character, and
     those of the call before it as context, because a decoder may treat the start of a text differently.
     A truncated character decodes to one replacement character at the end, so just that one is held back.
+    Bytes that never become characters end in one for ever: then the window is cut between two of them.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
@@ -38,11 +41,30 @@ class IncrementalDetokenizer:
         text = self._fresh_text()
         if text.endswith(REPLACEMENT):
             new, self._given = text[self._given : -1], max(len(text) - 1, self._given)
+            if len(self._window) - self._context > MAX_PENDING_TOKENS:
+                self._cut(text)
             return new
         new = text[self._given :]
-        del self._window[: self._context]
-        self._context, self._given = len(self._window), 0
+        self._start_at(len(self._window), 0)
         return new
+
+    def _cut(self, text: str) -> None:
+        """Starts the window's new part as late as whole characters, or replaced ones, end before it.
+
+        Where two parts have the text of the whole, no character lies across: one that does would be two
+        replacements.
+        """
+        for start in range(len(self._window) - 1, len(self._window) - 1 - MAX_CHARACTER_TOKENS, -1):
+            rest = self._decode(self._window[start:])
+            settled = self._decode(self._window[self._context : start])
+            if rest and settled + rest == text:
+                self._start_at(start, self._given - len(settled))
+                return
+
+    def _start_at(self, start: int, given: int) -> None:
+        """The window's new part begins at token `start`; what was new before becomes its context."""
+        del self._window[: self._context]
+        self._context, self._given = start - self._context, given
 
     def flush(self) -> str:
         """What is held back, as it stands."""
@@ -106,14 +128,10 @@ class OutputText:
             self._offsets += [self._given + len(self._held)] * tokens
 
     def _may_become_stop(self) -> int:
-        """Length of the longest end of the held text that starts a stop string."""
-        held = self._held
-        return max(
-            (
-                length
-                for stop in self._stops
-                for length in range(1, min(len(stop) - 1, len(held)) + 1)
-                if held.endswith(stop[:length])
-            ),
-            default=0,
-        )
+        """Length of the longest end of the held text, which holds no stop string, that starts one."""
+        longest = min(len(self._held), max(map(len, self._stops), default=0))
+        for length in range(longest, 0, -1):
+            end = self._held[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
