@@ -21,7 +21,15 @@ KERNEL_SOURCES := $(shell find sgl-kernel -path 'sgl-kernel/build*' -prune -o -t
 .PHONY: serve test test-plugin test-page test-wheels setup lint format cuda cuda-release clean
 .DEFAULT_GOAL := help
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
+
+# Where an NVIDIA GPU is seen (GPU=0: not), the extra `gpu` is installed, and a CUDA compiler if there is none: the one that
+# belongs to the libraries that torch brings, with the names of folders and files that linkers ask for.
+GPU ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+WITH_GPU := $(filter-out 0,$(GPU))
+ADD_NVCC := $(if $(WITH_GPU),$(if $(shell command -v nvcc),,yes))
+CUDA_ENV := $(if $(ADD_NVCC),CUDA_HOME="$(abspath $(VENV))/cuda" CUDACXX="$(abspath $(VENV))/cuda/bin/nvcc")
+TORCH_CUDA = $(BIN)/python -c 'import torch; print(torch.version.cuda)'
 
 # What the kernels are built with comes first, since the runtime depends on their package.
 $(VENV)/.torch: constraints.txt
@@ -30,28 +38,40 @@ $(VENV)/.torch: constraints.txt
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch numpy scikit-build-core
 	touch $@
 
-$(VENV)/.kernels: $(VENV)/.torch $(KERNEL_SOURCES)
+$(VENV)/.nvcc: $(VENV)/.torch
+	@case "$$($(TORCH_CUDA))" in \
+	13.*) echo "== installing a CUDA compiler: no nvcc was found" && \
+		$(BIN)/python -m pip install --progress-bar on -c constraints.txt "cuda-toolkit[nvcc,cccl]" && \
+		cuda="$$($(BIN)/python -c 'import nvidia.cu13 as cuda; print(*cuda.__path__)')" && \
+		ln -sfn lib "$$cuda/lib64" && ln -sfn libcudart.so.13 "$$cuda/lib/libcudart.so" && ln -sfn "$$cuda" $(VENV)/cuda;; \
+	None) echo "NOTE: a GPU is seen, but the torch of this package index is built without CUDA" >&2;; \
+	*) echo "NOTE: no nvcc was found: the kernels are built for the CPU alone" >&2;; \
+	esac
+	touch $@
+
+$(VENV)/.kernels: $(VENV)/.torch $(if $(ADD_NVCC),$(VENV)/.nvcc) $(KERNEL_SOURCES)
 	@echo "== building sgl-kernel (for CUDA too where the installed torch has it)"
-	$(BIN)/python -m pip install --progress-bar on --no-deps --no-build-isolation ./sgl-kernel
+	$(CUDA_ENV) $(BIN)/python -m pip install --progress-bar on --no-deps --no-build-isolation ./sgl-kernel
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.kernels
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[bench,dev]"
 	touch $@
 
-# The extra `gpu`, where an NVIDIA GPU is seen (GPU=0: not). sgl-flash-mla names the newest torch as its dependency, while
-# its library needs no more than torch's stable ABI, which 2.10 has: so it comes without dependencies.
-GPU ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+# sgl-flash-mla names the newest torch as its dependency, while its library needs no more than torch's stable ABI, which
+# 2.10 has: so it comes without dependencies.
 $(VENV)/.gpu: pyproject.toml constraints.txt | $(VENV)/.installed
 	@echo "== installing kernels for the GPU: FlashInfer, FlashMLA, DeepGEMM"
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt flashinfer-python sgl-deep-gemm
 	$(BIN)/python -m pip install --progress-bar on -c constraints.txt --no-deps sgl-flash-mla
 	touch $@
 
-setup: $(VENV)/.kernels $(VENV)/.installed $(if $(filter-out 0,$(GPU)),$(VENV)/.gpu)
+setup: $(VENV)/.kernels $(VENV)/.installed $(if $(WITH_GPU),$(VENV)/.gpu)
 
+# The path and the compiler are for FlashInfer, which compiles its kernels with ninja at their first use.
 serve: setup
-	SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA=1 exec $(BIN)/python -m sglang.launch_server \
+	PATH="$(abspath $(BIN)):$$PATH" $(CUDA_ENV) SGLANG_NSA_ENABLE_MTP_PRECOMPUTE_METADATA=1 \
+	exec $(BIN)/python -m sglang.launch_server \
 		--model-path $(MODEL) --served-model-name $(notdir $(MODEL)) --host $(HOST) --port $(PORT) \
 		--speculative-algorithm NEXTN --speculative-num-steps $(STEPS) $(ARGS)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from server_fixture import ROOT
 
 
-def setup_commands(gpus: str) -> str:
-    make = ["make", "-n", "setup", f"GPU={gpus}", "VENV=/nonexistent/.venv"]
-    return subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def setup_commands(gpus: str, path: str = os.environ["PATH"]) -> str:
+    make = [shutil.which("make"), "-n", "setup", f"GPU={gpus}", "VENV=/nonexistent/.venv"]
+    env = os.environ | {"PATH": path}
+    return subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
 
 
 def extra() -> set[str]:
@@ -30,6 +33,26 @@ def test_setup_installs_the_extra_with_pinned_versions_and_our_kernels_first() -
     assert commands.index("./sgl-kernel") < commands.index("flashinfer-python")
     # What brings a package of the name of ours is not among them.
     assert not {"sglang-kernel", "sgl-kernel"} & extra()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("gpus", "has_nvcc", "installed"), [("1", False, True), ("1", True, False), ("0", False, False)]
+)
+def test_a_compiler_is_installed_where_a_gpu_has_none(
+    tmp_path: Path, gpus: str, has_nvcc: bool, installed: bool
+) -> None:
+    """Bug: without a toolkit on the machine our kernels were built for the CPU alone."""
+    for name in ("sh", "find", "grep"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    if has_nvcc:
+        (tmp_path / "nvcc").touch(mode=0o755)
+    commands = setup_commands(gpus, str(tmp_path))
+    kernels = next(line for line in commands.splitlines() if line.endswith("./sgl-kernel"))
+    compiler = 'CUDACXX="/nonexistent/.venv/cuda/bin/nvcc"'
+    assert ("cuda-toolkit[nvcc" in commands, compiler in kernels) == (installed, installed)
+    if installed:
+        assert commands.index("cuda-toolkit[nvcc") < commands.index(kernels)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -111,7 +111,8 @@ def _leave_a_core() -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
-    logger.info("the model runs on %d of %d cores", torch.get_num_threads(), cores)
+    reason = "" if torch.cuda.is_available() else f": torch {torch.__version__} finds no GPU"
+    logger.info("the model runs on %d of %d cores%s", torch.get_num_threads(), cores, reason)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
