@@ -13,7 +13,14 @@ import torch
 from sglang_nsa import hooks
 from sglang_nsa.family import Installed
 from sglang_nsa.own_path import Batch
-from sglang_nsa.real_classes import SERVER_ARGS, Sizes, StaticBuffers, set_attributes, token_table
+from sglang_nsa.real_classes import (
+    SERVER_ARGS,
+    Sizes,
+    StaticBuffers,
+    set_attributes,
+    slot_allocator,
+    token_table,
+)
 
 DEVICE = torch.device(os.environ.get("PLUGIN_TEST_DEVICE", "cpu"))
 # On a GPU nothing is replaced, and the comparisons alone are run: gpu/other_release.py.
@@ -24,6 +31,7 @@ def model_runner(sizes: Sizes, **server_args: Any) -> SimpleNamespace:
     return SimpleNamespace(
         sizes=sizes,
         req_to_token=token_table(sizes, DEVICE),
+        token_to_kv_pool_allocator=slot_allocator(sizes, DEVICE),
         server_args=SimpleNamespace(**vars(SERVER_ARGS) | server_args),
         kv_index_translator=None,
     )

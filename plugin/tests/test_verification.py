@@ -37,6 +37,48 @@ def test_no_difference(plugin, monkeypatch, layout, decode):
     assert draft.counters.generated == 20
 
 
+def break_a_page(runner):
+    """A slot in the middle of a page is another page's; returns a batch of that request."""
+    runner.wrapper.attn_backends[0].req_to_token[5, 100] = 7
+    return make_batch(runner.installed, [2000, 150], [3, 5], harness.DEVICE)
+
+
+@pytest.mark.parametrize("layout", ["shared", "replicate"])
+def test_a_page_in_pieces_is_named(plugin, monkeypatch, layout):
+    """With SGLang's paged allocator one slot of each page is read: those taken for granted are compared."""
+    runner = test_derived.served_runner(plugin, monkeypatch, layout, 4, SGLANG_NSA_VERIFY_METADATA=1)
+    runner.capture(2)
+    assert draft_metadata_of(runner.wrapper).whole_pages
+    batch = break_a_page(runner)
+    with pytest.raises(
+        MetadataMismatchError, match=r"page_table_1 of backend 0, row 1, column 100: expected 7"
+    ):
+        runner.replay(batch, 2)
+
+
+def derived_allocator(allocator):
+    kind = type("SomeAllocator", (type(allocator),), {})
+    allocator.__class__ = kind
+    return allocator
+
+
+def other_pages(allocator):
+    allocator.page_size *= 2
+    return allocator
+
+
+@pytest.mark.parametrize("change", [derived_allocator, other_pages, lambda allocator: None])
+def test_slots_may_be_anywhere_with_other_allocators(plugin, monkeypatch, change):
+    make = harness.slot_allocator
+    monkeypatch.setattr(harness, "slot_allocator", lambda *given: change(make(*given)))
+    runner = test_derived.served_runner(plugin, monkeypatch, "shared", 4, SGLANG_NSA_VERIFY_METADATA=1)
+    runner.capture(2)
+    draft = draft_metadata_of(runner.wrapper)
+    assert not draft.whole_pages
+    runner.replay(break_a_page(runner), 2)
+    assert draft.counters.verified == draft.counters.generated == 1
+
+
 FIELDS = [
     "cu_seqlens_k",
     "page_table_1",

@@ -12,6 +12,7 @@ import sgl_kernel
 import torch
 
 PAGE_SIZE, TOPK = 64, 2048
+SECTOR_BYTES = 32  # the least that a GPU reads of its memory
 
 Run = Callable[[], None]
 
@@ -111,6 +112,13 @@ class CopySets:
                 sys.exit(f"{name}: WRONG RESULT")
 
 
+def whole_pages_of_slots(rows: int, width: int, device: str) -> torch.Tensor:  # [rows, width], int32
+    """A request table as a paged allocator fills it."""
+    pages = random_int32((rows, -(-width // PAGE_SIZE)), device) // PAGE_SIZE
+    slots = pages[:, :, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, dtype=torch.int32, device=device)
+    return slots.view(rows, -1)[:, :width].contiguous()
+
+
 class MemcpySets:
     """One contiguous copy_, in a graph a memcpy node, that moves as many bytes as another case."""
 
@@ -126,6 +134,7 @@ class GenerateSets:
     """Inputs of one DECODE step and N destinations, as draft lengths `step` give them: offsets 1 .. N.
 
     tables: each destination's own, one shared by all, or none.
+    whole_pages: the plan is told that requests hold whole pages, which they do either way.
     """
 
     def __init__(
@@ -135,10 +144,11 @@ class GenerateSets:
         cols: int,
         num_destinations: int,
         tables: Literal["own", "shared", "none"] = "own",
+        whole_pages: bool = True,
     ) -> None:
-        self.bs, self.cols, self.tables = bs, cols, tables
+        self.bs, self.cols, self.tables, self.whole_pages = bs, cols, tables, whole_pages
         width = 2 * cols
-        self.req_to_token = random_int32((2 * bs, width), device)
+        self.req_to_token = whole_pages_of_slots(2 * bs, width, device)
         self.seq_lens = torch.full((bs,), cols - num_destinations, dtype=torch.int32, device=device)
         self.req_pool_indices = torch.randperm(2 * bs, generator=torch.Generator().manual_seed(0))[:bs].to(
             device
@@ -173,6 +183,7 @@ class GenerateSets:
             destinations=self.destinations,
             page_size=PAGE_SIZE,
             topk=TOPK,
+            whole_pages=whole_pages,
         )
 
     def run(self) -> None:
@@ -185,10 +196,18 @@ class GenerateSets:
 
     @property
     def bytes_moved(self) -> int:
-        """The live tokens read once; every table and all vectors written once."""
-        tokens = self.bs * self.cols * 4
-        pages = self.bs * self.cols // PAGE_SIZE * 4
-        tables = tokens + self.num_tables * (tokens + pages) if self.num_tables else 0
+        """What is read, once; every table and all vectors, written once."""
+        sector = SECTOR_BYTES if self.whole_pages else 4 * PAGE_SIZE  # of each page
+        return self._bytes(self.bs * min(-(-self.cols // PAGE_SIZE) * sector, 4 * self.cols))
+
+    @property
+    def bytes_by_column(self) -> int:
+        """The same, if the slot of every live column were read."""
+        return self._bytes(self.bs * self.cols * 4)
+
+    def _bytes(self, read: int) -> int:
+        tokens, pages = (self.bs * self.cols // per * 4 for per in (1, PAGE_SIZE))
+        tables = read + self.num_tables * (tokens + pages) if self.num_tables else 0
         return tables + len(self.destinations) * 4 * (self.bs * 4 + 2)
 
     def check(self, method: str = "run") -> None:
@@ -217,8 +236,10 @@ class GenerateSets:
 class ReplicateSets:
     """A generation into a staging set and one copy out of it into N backends' buffers: two launches."""
 
-    def __init__(self, device: str, bs: int, cols: int, num_destinations: int) -> None:
-        self.generate = GenerateSets(device, bs, cols, 1)
+    def __init__(
+        self, device: str, bs: int, cols: int, num_destinations: int, whole_pages: bool = True
+    ) -> None:
+        self.generate = GenerateSets(device, bs, cols, 1, whole_pages=whole_pages)
         staging, fields = self.generate.destinations[0], decode_fields(bs, cols)
         tensors = [t for t in staging.tensors() if t is not None]  # in the order of the fields
         self.live_sources = [t[f.live] for t, f in zip(tensors, fields, strict=True)]
@@ -240,8 +261,15 @@ class ReplicateSets:
     @property
     def bytes_moved(self) -> int:
         """The generation's, then the staging set read once and each destination written once."""
-        live = sum(s.numel() * 4 for s in self.live_sources)
-        return self.generate.bytes_moved + (1 + len(self.dsts[0])) * live
+        return self.generate.bytes_moved + self._copy_bytes
+
+    @property
+    def bytes_by_column(self) -> int:
+        return self.generate.bytes_by_column + self._copy_bytes
+
+    @property
+    def _copy_bytes(self) -> int:
+        return (1 + len(self.dsts[0])) * sum(s.numel() * 4 for s in self.live_sources)
 
     def check(self, method: str = "run") -> None:
         getattr(self, method)()

@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
       m, "nsa_metadata_generate",
       "int forward_mode, int bs, Tensor seq_lens, Tensor req_pool_indices, Tensor req_to_token, Tensor(a!)[] dsts, "
       "int[] dst_fields, int[] seqlens_offsets, int page_size, int topk, int rows_per_req, Tensor? accept_lens, "
-      "bool packed",
+      "bool packed, bool whole_pages",
       "int max_len");
   def_planned(m, "decode_inputs",
               "int bs, Tensor seq_lens, Tensor req_pool_indices, Tensor req_to_token, Tensor token_pool, "

@@ -12,7 +12,7 @@ namespace sgl_kernel {
 
 // Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another
 // number.
-constexpr int64_t kAbiVersion = 8;
+constexpr int64_t kAbiVersion = 9;
 
 using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 

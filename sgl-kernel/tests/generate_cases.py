@@ -41,6 +41,7 @@ class GenerateCase:
     pool: int = 8
     seq_lens_dtype: torch.dtype = torch.int32
     req_pool_indices_dtype: torch.dtype = torch.int32
+    whole_pages: bool = False  # of tokens, and the plan is told so
     hostile: bool = False  # pool indices and accept lengths out of their range
     seed: int = 0
 
@@ -75,11 +76,19 @@ class GenerateRig:
         for d, spec in enumerate(case.dsts):
             self.dsts.append(self._add_destination(f"dst{d}", spec, self.dsts[-1] if self.dsts else None))
         self.fresh = self.arena.buffer()
-        tokens = self.req_to_token.view(self.fresh)
-        tokens.copy_(torch.randint(-5 if case.hostile else 0, 2**31 - 1, shape, generator=self.generator))
+        self.req_to_token.view(self.fresh).copy_(self._random_tokens())
         self.set_run(0)
         self.buffer = self.fresh.to(device, copy=True)
         self.plan = self._make_plan()
+
+    def _random_tokens(self) -> torch.Tensor:  # [pool, token_width], int64
+        case = self.case
+        page_size = case.page_size if case.whole_pages else 1
+        shape = (case.pool, -(-case.token_width // page_size))
+        low, high = -5 if case.hostile else 0, (2**31 - 1) // page_size
+        pages = torch.randint(low, high, shape, generator=self.generator)
+        tokens = pages[:, :, None] * page_size + torch.arange(page_size)
+        return tokens.view(case.pool, -1)[:, : case.token_width]
 
     def _add_destination(
         self, name: str, spec: DestinationSpec, before: DestinationSlots | None
@@ -126,6 +135,7 @@ class GenerateRig:
             rows_per_req=case.rows_per_req,
             accept_lens=self.accept_lens.view(buffer) if self.accept_lens else None,
             packed=case.packed,
+            whole_pages=case.whole_pages,
         )
 
     def set_run(self, run: int) -> None:
@@ -252,7 +262,8 @@ def generate_case(mode: int, bs: int, lengths: tuple[int, ...], **options: objec
 def random_generate_case(draw: DrawInt, runs: int = 1) -> GenerateCase:
     mode = draw(0, 2)
     bs = draw(0, 9) if draw(0, 15) else draw(10, 600)
-    page_size = (1, 2, 3, 16, 64)[draw(0, 4)]
+    page_size = (1, 2, 3, 16, 64, 4)[draw(0, 5)]
+    whole_pages = draw(0, 1) == 1
     token_width = (draw(1, 40) if bs < 10 else 8) if draw(0, 4) else (draw(41, 3000) if bs < 10 else 64)
     most = -(-token_width // page_size)
     hostile = draw(0, 3) == 0
@@ -293,6 +304,7 @@ def random_generate_case(draw: DrawInt, runs: int = 1) -> GenerateCase:
         pool=draw(1, 6),
         seq_lens_dtype=(torch.int32, torch.int64)[draw(0, 1)],
         req_pool_indices_dtype=(torch.int32, torch.int64)[draw(0, 1)],
+        whole_pages=whole_pages,
         hostile=hostile,
         seed=draw(0, 1000),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from forked import run_script
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmark"
@@ -25,6 +26,10 @@ def test_every_line_has_a_floor(tmp_path: Path) -> None:
     names = " ".join(case["name"] for case in result["cases"])
     for part in ("copy plan N=15", "generate plan N=7", "shared tables", "vectors alone", "SGLang's multi"):
         assert part in names
+    megabytes = {case["name"]: case["megabytes"] for case in result["cases"]}
+    for name in ("shared tables", "in graph"):  # a sector of each page, and every slot: 32 and 256 bytes
+        saved = megabytes[f"{name} by column N=7 bs=32 cols=256"] - megabytes[f"{name} N=7 bs=32 cols=256"]
+        assert saved * 1e6 == pytest.approx(32 * 4 * (256 - 32))
 
 
 def test_the_replay_copy_is_measured_beside_its_competitors(tmp_path: Path) -> None:

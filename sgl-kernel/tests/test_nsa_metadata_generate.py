@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import sgl_kernel
 import torch
-from arena import DECODE, DRAFT_EXTEND, TARGET_VERIFY, huge_table
+from arena import DECODE, DRAFT_EXTEND, TARGET_VERIFY, assert_same, huge_table
 from generate_cases import FIELDS, VECTORS, DestinationSpec, GenerateCase, GenerateRig, generate_case
 
 LENGTHS = (0, 1, 5, 63, 64, 65, 200, 1)
@@ -87,7 +89,7 @@ WHOLE_TILES = [
         dsts=(
             DestinationSpec(1, 16384, -(-16384 // page)),
             DestinationSpec(0, 16384, 7),
-            DestinationSpec(0, None, 16),
+            DestinationSpec(0, None, min(16, -(-16384 // page))),
         ),
         seq_lens=((16300, 4096, 12287), (2047, 16000, 2048)),
         token_width=16384,
@@ -95,7 +97,7 @@ WHOLE_TILES = [
         **mode,
     )
     for mode in MODES
-    for page in (12, 16, 18, 20, 64, 100, 512, 1028)
+    for page in (4, 8, 12, 16, 18, 20, 64, 100, 512, 1028, 2048)
 ]
 PERFORMANCE = [
     generate_case(DECODE, 2, (131072, 70000), offsets=(0, 1)),
@@ -106,11 +108,55 @@ PERFORMANCE = [
 ]
 
 
-@pytest.mark.parametrize("case", CORRECTNESS + CORNER + WHOLE_TILES + PERFORMANCE)
+CASES = CORRECTNESS + CORNER + WHOLE_TILES + PERFORMANCE
+
+
+@pytest.mark.parametrize("case", [*CASES, *(replace(case, whole_pages=True) for case in CASES)])
 def test_generate(case: GenerateCase, device: str) -> None:
     rig = GenerateRig(case, device)
     rig.check()
     assert rig.plan.launches == -(-len(case.dsts) // 32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("layout", "by_page"),
+    [
+        *(({"page_size": page}, True) for page in (4, 16, 64)),
+        ({"page_size": 64, "token_shift": 1, "token_extra": 1}, True),
+        ({"page_size": 64, "shift": 1}, True),
+        ({"page_size": 16, "extra": 2}, True),
+        *(({"page_size": page}, False) for page in (1, 2, 12)),
+    ],
+)
+def test_one_slot_of_each_page_is_read(
+    layout: dict[str, int], by_page: bool, mode: dict[str, int], device: str
+) -> None:
+    """Slots that no whole page has: columns follow from the first of their page where the plan says that it
+    reads no other, and are copied where it does not."""
+    case = generate_case(
+        bs=5, lengths=(700, 64, 1, 130, 2100), width=2112, whole_pages=True, **layout, **mode
+    )
+    rig = GenerateRig(case, device)
+    tokens = rig.req_to_token.view(rig.fresh)
+    in_page = torch.arange(tokens.shape[1]) % case.page_size
+    tokens[:, in_page > 0] = -77
+    expected = rig.expected()
+    if by_page:
+        table = rig.dsts[0].page_table_1.view(expected)
+        follows = table[:, torch.arange(tokens.shape[1]) - in_page] + in_page
+        table.copy_(torch.where(table == -77, follows, table))
+    rig.buffer.copy_(rig.fresh)
+    rig.plan.run()
+    assert_same(rig.arena, rig.buffer, expected, case)
+
+
+def test_pages_alone_need_one_slot_of_each(device: str) -> None:
+    """Where no slots are wanted the others are not looked at: no word of whole pages is needed."""
+    fields = ("real_page_table", "cache_seqlens")
+    for page_size in (16, 64, 4, 3):
+        case = generate_case(DECODE, 5, (700, 64, 1, 130, 2100), page_size=page_size, fields=fields)
+        GenerateRig(case, device).check()
 
 
 def test_tables_four_mebibytes_apart(device: str) -> None:

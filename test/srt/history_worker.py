@@ -84,14 +84,22 @@ class HistoryWorker:
         self.in_flight = 0  # steps that are launched and not read
         self.largest_in_flight = 0
         width = -(-(context_len + lookahead) // page_size) * page_size
-        self.req_to_token_pool = ReqToTokenPool(max_running_requests, width, 1, "cpu")
+        self.req_to_token_pool = ReqToTokenPool(max_running_requests, width, 1, "cpu", page_size=page_size)
         slots = (num_pages + 1) * page_size
         self.kv = torch.full((slots,), POISON)  # the token of each slot
         self.draft_kv = torch.full((slots,), POISON)  # the token after it: what the draft layer's key holds
         self.prefilled_tokens = 0
         self.largest_batch = 0
 
+    def _check_pages(self) -> None:
+        """What `MetadataInputs.whole_pages` says of the pool, in every row."""
+        pages = self.req_to_token_pool.req_to_token.unflatten(1, (-1, self.page_size))
+        first = pages[:, :, :1]
+        assert (first % self.page_size == 0).all()
+        assert (pages == first + torch.arange(self.page_size)).all()
+
     def prefill(self, chunks: list[PrefillChunk]) -> StepOutput:
+        self._check_pages()
         pool, tokens, prompt_logprobs = self.req_to_token_pool, [], []
         for chunk in chunks:
             index, start, end = chunk.req.req_pool_idx, chunk.req.kv_len, chunk.req.kv_len + len(chunk.tokens)
@@ -118,6 +126,7 @@ class HistoryWorker:
         return Launched(self, output)
 
     def decode(self, reqs: list[Req]) -> StepOutput:
+        self._check_pages()
         pool, tokens = self.req_to_token_pool, []
         self.largest_batch = max(self.largest_batch, len(reqs))
         for req in reqs:

@@ -52,6 +52,7 @@ class MetadataCase:
     width: int = 192
     topk: int = 48
     pool: int = 20
+    whole_pages: bool = False  # of slots, and the inputs say so
 
     @property
     def shape(self) -> MetadataShape:
@@ -105,7 +106,9 @@ class StaticInputs:
     def __init__(self, case: MetadataCase, device: str = "cpu", seed: int = 0) -> None:
         self.case, self.device = case, device
         generator = torch.Generator().manual_seed(seed)
-        slots = torch.randint(0, 1 << 30, (case.pool, case.width), generator=generator, dtype=torch.int32)
+        page = case.page_size if case.whole_pages else 1
+        first = torch.randint(0, (1 << 30) // page, (case.pool, case.width // page, 1), generator=generator)
+        slots = (first * page + torch.arange(page)).view(case.pool, case.width).int()
         self.table: list[list[int]] = slots.tolist()
         self.req_to_token = slots.to(device)
         self.seq_lens = torch.full((case.max_bs,), POISON, dtype=case.dtype, device=device)
@@ -120,6 +123,7 @@ class StaticInputs:
             req_pool_indices=self.requests[:bs],
             req_to_token=self.req_to_token,
             accept_lens=self.accept_lens[:bs] if extend else None,
+            whole_pages=self.case.whole_pages,
         )
 
     def load(self, batch: Batch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,28 @@ def test_replay_verifies_itself_when_told_to(layout):
     graph._launch[case.max_bs] = lambda max_len: None
     with pytest.raises(MetadataMismatchError, match="stale or wrong metadata: cache_seqlens_int32"):
         graph.replay(case.max_bs, inputs.max_len(second))
+
+
+@pytest.mark.parametrize(
+    "layout, copy", [("replicate", "fused"), ("replicate", "direct"), ("shared", "fused")]
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_page_in_pieces_is_found(mode, layout, copy):
+    """Inputs that say `whole_pages` and are not: the slots that were taken for granted are compared."""
+    case = MetadataCase(mode, page_size=16, whole_pages=True)
+    inputs = StaticInputs(case)
+    graph = graph_metadata(case, inputs, layout, copy, check=True)
+    batch = replace(
+        random_batch(case, case.max_bs, random.Random(1)), seq_lens=(40,) * 8, accept_lens=(2,) * 8
+    )
+    inputs.load(batch)
+    graph.replay(case.max_bs, inputs.max_len(batch))
+    inputs.req_to_token[batch.requests[2], 20] = 7
+    row = 2 * case.shape.rows_per_req
+    with pytest.raises(
+        MetadataMismatchError, match=rf"page_table_1 of backend 0, row {row}, column 20: expected 7"
+    ):
+        graph.replay(case.max_bs, inputs.max_len(batch))
 
 
 def test_without_verification_a_replay_compares_nothing(monkeypatch):

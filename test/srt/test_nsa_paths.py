@@ -71,6 +71,7 @@ def test_every_route_gives_the_same_bits(layout, copy, mode, device):
             page_size=page_size,
             draft_seqlens=rule,
             dtype=(torch.int32, torch.int64)[i % 2],
+            whole_pages=i % 3 > 0,
         )
         inputs = StaticInputs(case, device)
         graph = graph_metadata(case, inputs, layout, copy, (2, 6), methods_for(layout, copy))

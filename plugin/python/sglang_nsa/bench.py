@@ -20,7 +20,15 @@ from .counters import Counters
 from .draft_metadata import DraftMetadata
 from .family import Installed, find_installed
 from .own_path import Batch
-from .real_classes import SERVER_ARGS, Sizes, StaticBuffers, build_wrapper, make_batch, token_table
+from .real_classes import (
+    SERVER_ARGS,
+    Sizes,
+    StaticBuffers,
+    build_wrapper,
+    make_batch,
+    slot_allocator,
+    token_table,
+)
 from .settings import LAYOUTS, Settings
 from .verification import difference
 
@@ -70,7 +78,8 @@ class Case:
         draft = None
         if layout is not None:
             settings = Settings(layout=layout)
-            draft = DraftMetadata(self.installed, settings, wrapper, SERVER_ARGS, Counters())
+            allocator = slot_allocator(self.dims, self.device)
+            draft = DraftMetadata(self.installed, settings, wrapper, SERVER_ARGS, Counters(), allocator)
         before = _allocated(self.device)
         if draft is None:
             self.installed.init_state(wrapper, max(sizes), max(sizes))

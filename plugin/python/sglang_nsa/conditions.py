@@ -1,4 +1,5 @@
-"""When the draft backends of a server must not share metadata: known before anything is written."""
+"""What is known of a server before anything is written: when its draft backends must not share metadata, and
+whether its requests hold whole pages."""
 
 from __future__ import annotations
 
@@ -38,6 +39,21 @@ def require_supported(installed: Installed, wrapper: Any, server_args: Any) -> N
     graph_backend = _decode_graph_backend(server_args)
     if graph_backend not in (None, "full"):
         raise UnsupportedError(f"decode graphs are {graph_backend}")
+
+
+def holds_whole_pages(allocator: Any, page_size: int) -> bool:
+    """Whether requests hold whole pages of `page_size` slots in `req_to_token`.
+
+    SGLang's paged allocator gives them: a prefix in the cache ends with a page, and what is allocated later,
+    a chain of drafts too, goes on where its request ends. It is not known of an allocator that derives from
+    it, or has pages of another size (HiSparse, interleaved pages, context-parallel decode).
+    """
+    kind = type(allocator)
+    return (
+        kind.__name__ == "PagedTokenToKVPoolAllocator"
+        and kind.__module__.startswith("sglang.srt.mem_cache.allocator")
+        and allocator.page_size == page_size
+    )
 
 
 def _require_known(fields: FieldMap, backends: list[Any]) -> None:

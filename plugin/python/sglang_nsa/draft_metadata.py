@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .conditions import require_supported
+from .conditions import holds_whole_pages, require_supported
 from .counters import Counters
 from .derived import Stage
 from .family import Installed, UnsupportedError
@@ -28,13 +28,21 @@ class DraftMetadata:
     """Decided at `init_cuda_graph_state`, planned at every capture, run at every replay."""
 
     def __init__(
-        self, installed: Installed, settings: Settings, wrapper: Any, server_args: Any, counters: Counters
+        self,
+        installed: Installed,
+        settings: Settings,
+        wrapper: Any,
+        server_args: Any,
+        counters: Counters,
+        allocator: Any = None,
     ) -> None:
+        """`allocator` gives out the slots in the backends' token table, as far as that is known."""
         self.installed, self.settings, self.counters = installed, settings, counters
-        self.wrapper, self.server_args = wrapper, server_args
+        self.wrapper, self.server_args, self.allocator = wrapper, server_args, allocator
         self.backends: list[Any] = wrapper.attn_backends
         self.layout: str | None = None  # shared | replicate | in_graph; None: SGLang is left alone
         self.reason: str | None = None  # why SGLang is left alone, or refreshes the metadata itself
+        self.whole_pages = False  # of slots, in the backends' token table
         self._first_alone: Any = None  # with one set for all: the wrapper with its first backend alone
         self._plans: dict[int, Generation | None] = {}  # by captured batch size; None: SGLang's own refresh
         self._launches: dict[int, Stage] = {}  # what a replay launches
@@ -73,6 +81,7 @@ class DraftMetadata:
     def _decide(self) -> None:
         require_supported(self.installed, self.wrapper, self.server_args)
         self.form = self.installed.form(self.backends[0])
+        self.whole_pages = holds_whole_pages(self.allocator, self.form.page_size)
         result = run_trial(self.installed, self.wrapper)
         if self.form.fields.by_step and result.generator is not None:
             raise UnsupportedError(result.generator)  # no work of SGLang's would be saved
@@ -108,11 +117,13 @@ class DraftMetadata:
         saved = 0 if self.layout == "replicate" else held * (len(self.backends) - 1)
         self.counters.started(self.layout, len(self.backends), saved)
         logger.info(
-            "sglang-nsa-plugin: %d draft backends, layout %s, page tables %.1f MiB (%.1f MiB saved), %s%s",
+            "sglang-nsa-plugin: %d draft backends, layout %s, page tables %.1f MiB (%.1f MiB saved), "
+            "slots read by %s, %s%s",
             len(self.backends),
             self.layout,
             held / 2**20,
             saved / 2**20,
+            "page" if self.whole_pages else "column",
             "one launch" if self.reason is None else f"refreshed by SGLang's own path once ({self.reason})",
             ", verified at every replay" if self.settings.verify else "",
         )
@@ -157,7 +168,7 @@ class DraftMetadata:
         backends = self.backends if self._first_alone is None else self.backends[:1]
         sets = [backend.decode_cuda_graph_metadata[bs] for backend in backends]
         try:
-            plan = Generation(self.installed, self.form, backends, sets, batch)
+            plan = Generation(self.installed, self.form, backends, sets, batch, self.whole_pages)
             self._launches[bs] = _nothing if self.layout == "in_graph" else plan.as_graph()
             self._plans[bs] = plan
             self._unproven.add(bs)

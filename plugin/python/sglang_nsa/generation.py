@@ -26,14 +26,18 @@ class Generation:
         backends: Sequence[Any],
         sets: Sequence[Any],
         batch: Any,
+        whole_pages: bool = False,
     ) -> None:
-        """`batch` holds the static inputs at their captured size. Raises ImportError without the kernel
-        library, UnsupportedError or RuntimeError where a tensor is not what the kernels take."""
+        """`batch` holds the static inputs at their captured size; `whole_pages`: as holds_whole_pages says.
+        Raises ImportError without the kernel library, UnsupportedError or RuntimeError where a tensor is not
+        what the kernels take."""
         self.seq_lens = batch.seq_lens  # [bs], int32 or int64
         self.req_pool_indices = batch.req_pool_indices  # [bs], int64
         req_to_token = backends[0].req_to_token  # [pool, width], int32
         views = [_fitted(form.view(m, self.seq_lens), req_to_token) for m in sets]
-        inputs = MetadataInputs(views[0].shape, self.seq_lens, self.req_pool_indices, req_to_token)
+        inputs = MetadataInputs(
+            views[0].shape, self.seq_lens, self.req_pool_indices, req_to_token, whole_pages=whole_pages
+        )
         offsets = [form.seqlens_offset(backend) for backend in backends]
         self._generator = FusedGenerator(inputs, [Destination(*pair) for pair in zip(views, offsets)])
         self.on_gpu = self.seq_lens.device.type == "cuda"

@@ -55,7 +55,8 @@ class Hooks:
         arguments = dict(zip(("topk", "steps", _INDEX_SHARE), args)) | kwargs
         if arguments.get(_INDEX_SHARE):
             logger.info("sglang-nsa-plugin: IndexShare: the draft steps take over draft-extend's top-k")
-        draft = DraftMetadata(self.installed, self.settings, wrapper, server_args, self.counters)
+        allocator = getattr(model_runner, "token_to_kv_pool_allocator", None)
+        draft = DraftMetadata(self.installed, self.settings, wrapper, server_args, self.counters, allocator)
         setattr(wrapper, _ATTRIBUTE, draft)
 
     def not_applied(self) -> list[str]:

@@ -33,10 +33,23 @@ class Sizes:
 
 
 def token_table(sizes: Sizes, device: torch.device) -> torch.Tensor:  # [pool, width], int32
-    width = sizes.context_len + 4 + sizes.draft_tokens
-    return torch.randint(
-        0, 1 << 20, (sizes.pool, width), generator=torch.Generator().manual_seed(0), dtype=torch.int32
-    ).to(device)
+    """Whole pages, as SGLang's paged allocator gives them."""
+    width, page_size = sizes.context_len + 4 + sizes.draft_tokens, sizes.page_size
+    shape = sizes.pool, -(-width // page_size), 1
+    pages = torch.randint(0, (1 << 20) // page_size, shape, generator=torch.Generator().manual_seed(0))
+    slots = (pages * page_size + torch.arange(page_size)).flatten(1)
+    return slots[:, :width].int().contiguous().to(device)
+
+
+def slot_allocator(sizes: Sizes, device: torch.device) -> Any:
+    """What a server of this page size has; it owns no memory of keys."""
+    module = importlib.import_module("sglang.srt.mem_cache.allocator")
+    size = sizes.pool * sizes.page_size
+    if sizes.page_size == 1:
+        return module.TokenToKVPoolAllocator(size, torch.bfloat16, str(device), None, need_sort=False)
+    return module.PagedTokenToKVPoolAllocator(
+        size, sizes.page_size, torch.bfloat16, str(device), None, need_sort=False
+    )
 
 
 def set_attributes(

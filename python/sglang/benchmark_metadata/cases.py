@@ -19,6 +19,7 @@ from .measure import capture_graph
 TOPK = 2048  # index_topk of DeepSeek-V3.2
 DRAFT_TOKENS = 4  # rows of a request in the expanded modes
 INPUT_SETS = 4  # rotated between calls
+SECTOR_BYTES = 32  # the least that a GPU reads of its memory
 SPREAD = 16  # a sequence is up to a 16th shorter than the longest of its batch
 READS = IMPLEMENTATIONS["triton"].reads  # what layout indirect generates: what a server on a GPU reads
 
@@ -85,10 +86,12 @@ class BenchCase:
         expanded = rows if self.mode is not MetadataMode.DECODE else 0
         return 4 * (2 * self.bs + 1 + expanded + 2 * rows + 1)
 
-    @property
-    def generate_bytes(self) -> int:
-        """The live tokens read once, one set written."""
-        return self.live_set_bytes + 4 * self.bs * self.mean_len
+    def generate_bytes(self, by_page: bool) -> int:
+        """One set written; of the request table every live column read once, or a sector of each page."""
+        read = 4 * self.mean_len
+        if by_page:
+            read = min(read, -(-self.mean_len // self.page_size) * SECTOR_BYTES)
+        return self.live_set_bytes + self.bs * read
 
     @property
     def indirect_bytes(self) -> int:
@@ -165,4 +168,5 @@ class BenchInputs:
             req_pool_indices=self.req_pool_indices,
             req_to_token=self.req_to_token,
             accept_lens=self.accept_lens if extend else None,
+            whole_pages=True,
         )

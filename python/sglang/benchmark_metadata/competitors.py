@@ -1,13 +1,20 @@
-"""Copy methods that a server does not offer, since `fused` and `direct` beat them: measured beside them, and
-held to the same bits."""
+"""Methods that a server does not offer, since others beat them: measured beside those, and held to the same
+bits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from sglang.srt.layers.attention.nsa.metadata_generators import FusedGenerator, TorchGenerator
+from sglang.srt.layers.attention.nsa.metadata_generators import (
+    Destination,
+    FusedGenerator,
+    Generator,
+    TorchGenerator,
+)
+from sglang.srt.layers.attention.nsa.nsa_backend_mtp_precompute import MetadataInputs
 from sglang.srt.layers.attention.nsa.paths import MetadataMethods
 from sglang.srt.layers.attention.nsa.replicate import COPIERS, Copier, FusedCopier, Region
 
@@ -86,6 +93,13 @@ class FusedEachCopier:
             copier.run(max_len)
 
 
+class ColumnGenerator(FusedGenerator):
+    """The library's generation where slots may be anywhere: it reads that of every column."""
+
+    def __init__(self, inputs: MetadataInputs, destinations: Sequence[Destination]) -> None:
+        super().__init__(replace(inputs, whole_pages=False), destinations)
+
+
 COMPETITORS: dict[str, type[Copier]] = {
     "foreach": ForeachCopier,
     "streams": StreamsCopier,
@@ -95,7 +109,11 @@ COMPETITORS: dict[str, type[Copier]] = {
 }
 NEEDS_CUDA = ("streams", "triton")
 ALL_COPIERS: dict[str, type[Copier] | None] = {**COPIERS, **COMPETITORS, "-": None}
-GENERATORS = {"torch": TorchGenerator, "fused": FusedGenerator}
+GENERATORS: dict[str, type[Generator]] = {
+    "torch": TorchGenerator,
+    "fused": FusedGenerator,
+    "columns": ColumnGenerator,
+}
 
 
 def methods_of(copy: str, generator: str = "fused") -> MetadataMethods:

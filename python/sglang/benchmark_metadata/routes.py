@@ -9,10 +9,11 @@ import torch
 
 from sglang.srt.layers.attention.nsa.kernels import load_kernels
 from sglang.srt.layers.attention.nsa.metadata import poison_
+from sglang.srt.layers.attention.nsa.metadata_generators import FusedGenerator
 from sglang.srt.layers.attention.nsa.paths import PATHS, GraphMetadata, MetadataSelection
 
 from .cases import READS, BenchCase, BenchInputs
-from .competitors import ALL_COPIERS, NEEDS_CUDA, methods_of
+from .competitors import ALL_COPIERS, GENERATORS, NEEDS_CUDA, methods_of
 from .measure import capture_graph
 
 POISON = -0x5A5A5A5B
@@ -32,17 +33,17 @@ class Route:
 
     def bytes(self, case: BenchCase) -> int:
         """Read and written by the path, each source once, whatever else its implementation touches."""
-        n = case.backends
+        n, generated = case.backends, case.generate_bytes(by_page=self.generator == "fused")
         more_lengths = (len(set(case.offsets)) - 1) * case.length_bytes
         if self.path == "recompute":
-            return case.generate_bytes + (n - 1) * case.live_set_bytes
+            return generated + (n - 1) * case.live_set_bytes
         if self.path == "indirect":
             return case.indirect_bytes
         if self.copies(case):
-            return case.generate_bytes + more_lengths + (1 + n) * case.set_bytes
+            return generated + more_lengths + (1 + n) * case.set_bytes
         if self.path == "replicate":  # straight into every backend
-            return case.generate_bytes + (n - 1) * case.live_set_bytes
-        return case.generate_bytes + more_lengths
+            return generated + (n - 1) * case.live_set_bytes
+        return generated + more_lengths
 
     def held_bytes(self, case: BenchCase) -> int:
         """Page tables that the path keeps allocated."""
@@ -66,9 +67,12 @@ ROUTES: tuple[Route, ...] = (
     Route("replicate", "fused_n"),
     Route("replicate", "fused"),
     Route("replicate", "direct"),
+    Route("replicate", "direct", generator="columns"),
     Route("shared", generator="torch"),
     Route("shared"),
+    Route("shared", generator="columns"),
     Route("in_graph"),
+    Route("in_graph", generator="columns"),
     Route("indirect"),
 )
 
@@ -82,7 +86,7 @@ def unavailable(route: Route, device: torch.device) -> str | None:
     """Why a route cannot be measured here, or None."""
     if route.copy in NEEDS_CUDA and device.type != "cuda":
         return "needs CUDA"
-    if "fused" in (route.generator, route.copy):
+    if issubclass(GENERATORS[route.generator], FusedGenerator) or route.copy == "fused":
         try:
             load_kernels(device.type)
         except ImportError as error:

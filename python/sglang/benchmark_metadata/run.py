@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import gc
+import multiprocessing
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
+
+from sglang.srt.layers.attention.nsa.paths import PATHS
 
 from .cases import BenchCase, BenchInputs
 from .measure import (
@@ -58,16 +62,17 @@ def _run_case(case: BenchCase, settings: Settings, bar: tqdm) -> Iterator[Row]:
     inputs = BenchInputs(case, device)
     subjects, skipped = _prepare(case, inputs, settings)
     rows = {subject.route: _new_row(case, subject.route, device) for subject in subjects}
-    _count(subjects, rows, device)
     small = _small_calls(case.bs, device)
-    calls = [*(subject.call for subject in subjects), *(call for call, _ in small.values())]
+    activities = _count(case, rows, device)
+    small_activities = dict(zip(small, activities[2 * len(subjects) :]))
+    calls = [*(subject.call for subject in subjects), *small.values()]
     timings = measure_all(calls, inputs.load, device, settings.budget)  # what is compared takes turns
     for subject, timing in zip(subjects, timings):
         rows[subject.route].set_timing(timing)
         if subject.in_graph:
             _measure_graph(subject, rows[subject.route], settings)
     baseline = next((r.completion_us for r in rows.values() if r.path == "recompute"), None)
-    small_rows = _small_rows(case, device, baseline, timings[len(subjects) :])
+    small_rows = _small_rows(case, device, baseline, small_activities, timings[len(subjects) :])
     for row in (*rows.values(), *small_rows.values()):
         row.set_copies(small_rows["copy_"])
     for route in routes_of(case):
@@ -77,7 +82,7 @@ def _run_case(case: BenchCase, settings: Settings, bar: tqdm) -> Iterator[Row]:
             continue
         row = rows[route]
         row.ratio = round(baseline / row.completion_us, 3) if baseline else None
-        row.set_floor(_floor_us(case, row.bytes, settings))
+        row.set_floor(_floor_us(row.bytes, small_activities, device))
         yield row
     yield from small_rows.values()
     yield from _bandwidth_rows(case, settings)
@@ -120,18 +125,42 @@ def _new_row(case: BenchCase, route: Route, device: torch.device, skipped: str |
     )
 
 
-def _count(subjects: Sequence[Subject], rows: dict[Route, Row], device: torch.device) -> None:
-    """Launches and time on the GPU, in one session of the profiler."""
-    calls = [call for subject in subjects for call in (subject.host_call, subject.call)]
-    activities = count_activity(calls, device)
-    for subject, on_host, whole in zip(subjects, activities[::2], activities[1::2]):
-        row = rows[subject.route]
+def _count(case: BenchCase, rows: dict[Route, Row], device: torch.device) -> list[Activity]:
+    """Launches and time on the GPU, into the rows; returns what `_profile` found."""
+    activities = _profiled(case, list(rows), device)
+    for row, on_host, whole in zip(rows.values(), activities[::2], activities[1::2]):
         row.launches = on_host.count
         row.kernel_us = row.gpu_us = whole.kernel_us
-        if subject.in_graph:
+        if PATHS[row.path].in_graph:
             row.graph_nodes = whole.count if device.type == "cuda" else None
             # Without graphs the host itself runs the function: what it dispatches counts.
             row.launches = on_host.count if device.type == "cuda" else whole.count
+    return activities
+
+
+def _profiled(case: BenchCase, routes: Sequence[Route], device: torch.device) -> list[Activity]:
+    """On CUDA in a process of its own: torch's profiler stays attached where it was used once, and what is
+    enqueued there afterwards takes the host half as long again."""
+    if device.type != "cuda":
+        return _profile(case, routes, device)
+    return _profiling_process().submit(_profile, case, routes, device).result()
+
+
+@functools.cache
+def _profiling_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _profile(case: BenchCase, routes: Sequence[Route], device: torch.device) -> list[Activity]:
+    """Of each route what the host does before a graph, then all of it; then of the small calls."""
+    inputs = BenchInputs(case, device)
+    inputs.load(0)
+    subjects = [Subject(route, case, inputs, device) for route in routes]
+    calls = [call for subject in subjects for call in (subject.host_call, subject.call)]
+    calls += _small_calls(case.bs, device).values()
+    for call in calls:  # what is lazy
+        call()
+    return count_activity(calls, device)
 
 
 def _measure_graph(subject: Subject, row: Row, settings: Settings) -> None:
@@ -149,11 +178,15 @@ def _measure_graph(subject: Subject, row: Row, settings: Settings) -> None:
 
 
 def _small_rows(
-    case: BenchCase, device: torch.device, baseline: float | None, timings: Sequence[Timing]
+    case: BenchCase,
+    device: torch.device,
+    baseline: float | None,
+    activities: dict[str, Activity],
+    timings: Sequence[Timing],
 ) -> dict[str, Row]:
     """What no call beats: a launch that does nothing, one small copy."""
     rows = {}
-    for (name, (_, activity)), timing in zip(_small_calls(case.bs, device).items(), timings):
+    for (name, activity), timing in zip(activities.items(), timings):
         row = rows[name] = _floor(case, name, device)
         row.set_timing(timing)
         row.launches, row.kernel_us, row.gpu_us = activity.count, activity.kernel_us, activity.kernel_us
@@ -168,7 +201,9 @@ def _bandwidth_rows(case: BenchCase, settings: Settings) -> Iterator[Row]:
     for name, route in (
         ("replic/bw", Route("replicate", "fused")),
         ("direct/bw", Route("replicate", "direct")),
+        ("direct/co", Route("replicate", "direct", generator="columns")),
         ("shared/bw", Route("shared")),
+        ("shared/co", Route("shared", generator="columns")),
     ):
         row = _floor(case, name, device)
         row.bytes = route.bytes(case)
@@ -179,19 +214,18 @@ def _bandwidth_rows(case: BenchCase, settings: Settings) -> Iterator[Row]:
         yield row
 
 
-def _floor_us(case: BenchCase, size: int, settings: Settings) -> float:
+def _floor_us(size: int, small: dict[str, Activity], device: torch.device) -> float:
     """What no implementation of a path beats: `size` bytes at full bandwidth. On a GPU no less than a kernel
     that does nothing, and the bandwidth of its memory holds for what its cache does not."""
-    device = settings.device
     if device.type != "cuda":
         return size / copy_bandwidth(device, size) * 1e6
-    _, empty = _small_calls(case.bs, device)["empty"]
     cached = size <= torch.cuda.get_device_properties(device).L2_cache_size
-    return max(empty.kernel_us, 0.0 if cached else size / copy_bandwidth(device, _LARGE) * 1e6)
+    at_bandwidth = 0.0 if cached else size / copy_bandwidth(device, _LARGE) * 1e6
+    return max(small["empty"].kernel_us, at_bandwidth)
 
 
 @functools.cache
-def _small_calls(bs: int, device: torch.device) -> dict[str, tuple[Call, Activity]]:
+def _small_calls(bs: int, device: torch.device) -> dict[str, Call]:
     """One `copy_` of bs int32; on CUDA also an empty kernel and the replay of an empty graph."""
     source = torch.zeros(bs, dtype=torch.int32, device=device)
     target = torch.zeros_like(source)
@@ -199,8 +233,7 @@ def _small_calls(bs: int, device: torch.device) -> dict[str, tuple[Call, Activit
     if device.type == "cuda":
         calls["empty"] = lambda: torch.cuda._sleep(0)
         calls["graph"] = capture_graph(lambda: None, device).replay
-    found = count_activity(list(calls.values()), device)
-    return {name: (call, activity) for (name, call), activity in zip(calls.items(), found)}
+    return calls
 
 
 def _floor(case: BenchCase, name: str, device: torch.device) -> Row:

@@ -29,7 +29,7 @@ from sglang.srt.model_executor.step_graph import StepGraph
 
 DRAFT_TOKENS = 5  # D; N = D - 2 draft backends
 BATCH_SIZES = (0, 1, 2, 4, 8, 12)
-WIDTH = 512
+WIDTH, PAGE_SIZE = 512, 64
 TOPK = 128
 
 
@@ -97,12 +97,15 @@ class Simulation:
         self.report.reused_slots += index in self.used
         self.used.add(index)
         length = self.random.randint(1, self.random.choice((8, 70, WIDTH - 3 * DRAFT_TOKENS)))
-        self._write_slots(index, 0, WIDTH)  # another request's slots are gone
+        self._write_pages(index, 0, WIDTH)  # another request's slots are gone
         self._commit(index, length)
 
-    def _write_slots(self, index: int, begin: int, end: int) -> None:
-        slots = torch.randint(0, 1 << 24, (end - begin,), generator=self.generator, dtype=torch.int32)
-        self.pool.req_to_token[index, begin:end].copy_(slots)
+    def _write_pages(self, index: int, begin: int, end: int) -> None:
+        """New pages where one begins in columns `begin` to `end`."""
+        first, last = (-(-column // PAGE_SIZE) for column in (begin, end))
+        pages = torch.randint(0, 1 << 18, (last - first, 1), generator=self.generator, dtype=torch.int32)
+        slots = pages * PAGE_SIZE + torch.arange(PAGE_SIZE, dtype=torch.int32)
+        self.pool.req_to_token[index, first * PAGE_SIZE : last * PAGE_SIZE].copy_(slots.flatten())
 
     def _commit(self, index: int, length: int) -> None:
         self.running[index] = length
@@ -112,8 +115,8 @@ class Simulation:
     def grow(self, index: int, accepted: int) -> None:
         length = self.running[index]
         self._commit(index, length + accepted)
-        # The next step's drafts get new slots.
-        self._write_slots(index, length + accepted, min(length + accepted + DRAFT_TOKENS, WIDTH))
+        # The next step's drafts may begin a page.
+        self._write_pages(index, length + accepted, min(length + accepted + DRAFT_TOKENS, WIDTH))
 
 
 class Lane:
@@ -121,7 +124,7 @@ class Lane:
 
     def __init__(self, selection: MetadataSelection, pool: ReqToTokenPool, device: torch.device) -> None:
         ops = SparseAttentionOps("none", _no_attention, _no_attention, reads=ALL_FIELDS)
-        config = NSAConfig(TOPK, 64, WIDTH, device, selection, ops, ops)
+        config = NSAConfig(TOPK, PAGE_SIZE, WIDTH, device, selection, ops, ops)
         draft = NativeSparseAttnMultiStepBackend(config, DRAFT_TOKENS - 2)
         target, extend = NativeSparseAttnBackend(config), NativeSparseAttnBackend(config)
         self.step = StepInputs.create(BATCH_SIZES[-1], DRAFT_TOKENS, 1, torch.float32, device)
@@ -179,7 +182,7 @@ def soak(count: int, device: torch.device, seed: int = 0, progress: bool = False
 def _soak_path(
     selection: MetadataSelection, count: int, device: torch.device, seed: int, report: SoakReport, bar: tqdm
 ) -> None:
-    pool = ReqToTokenPool(2 * BATCH_SIZES[-1], WIDTH, 1, device)
+    pool = ReqToTokenPool(2 * BATCH_SIZES[-1], WIDTH, 1, device, page_size=PAGE_SIZE)
     simulation = Simulation(pool, seed, report)
     lane = Lane(selection, pool, device)
     done = 0

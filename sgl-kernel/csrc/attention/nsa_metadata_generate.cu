@@ -8,7 +8,9 @@ namespace sgl_kernel {
 void load_generate_kernels() {
   for (const Mode mode : {Mode::kDecode, Mode::kTargetVerify, Mode::kDraftExtend}) {
     for (const int threads : {kFewThreads, kManyThreads}) {
-      load_kernel(generate_kernel(mode, threads), "loading nsa_metadata_generate_kernel");
+      for (const bool whole_pages : {false, true}) {
+        load_kernel(generate_kernel(mode, threads, whole_pages), "loading nsa_metadata_generate_kernel");
+      }
     }
   }
 }
@@ -18,8 +20,9 @@ namespace backend {
 void launch_generate(const GenerateParams& params, const TableGrid& grid, const Stream& stream) {
   const uint32_t blocks = static_cast<uint32_t>(params.num_vectors + grid.blocks);
   if (blocks == 0) return;
-  launch_kernel(generate_kernel(params.mode, grid.threads), "launch of nsa_metadata_generate_kernel", stream, blocks,
-                static_cast<uint32_t>(grid.threads), grid, params);
+  launch_kernel(generate_kernel(params.mode, grid.threads, params.whole_pages),
+                "launch of nsa_metadata_generate_kernel", stream, blocks, static_cast<uint32_t>(grid.threads), grid,
+                params);
 }
 
 }  // namespace backend

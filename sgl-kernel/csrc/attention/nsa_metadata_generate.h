@@ -84,11 +84,14 @@ struct GenerateParams {
   int32_t num_tables;
   int32_t max_cols;     // columns of req_to_token that some table may need
   int32_t max_offset;   // largest seqlens_offset of the tables
-  int32_t common_cols;  // columns that every page_table_1 has; 0 where a row of a table is not aligned to 16 bytes
+  int32_t common_cols;  // columns that every page_table_1 has; 0 where rows do not move 16 bytes at a time
   int32_t min_offset;   // smallest seqlens_offset of the tables
   bool seq_lens_64;
   bool req_pool_indices_64;
   bool packed;  // DRAFT_EXTEND: rows of a request follow each other without gaps
+  // A column's slot is that of its page's first column and the distance to it: only those are read. The page size is
+  // then a power of two, and four columns that move at once are of one page.
+  bool whole_pages;
   bool has_pages;
   bool pages_by_warp;  // a warp's columns begin 32 pages at most, each with the first token of a load
   GenerateTables tables[kMaxGenerateDestinations];

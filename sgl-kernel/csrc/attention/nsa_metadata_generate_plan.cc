@@ -48,7 +48,7 @@ struct PlanArgs {
   int64_t mode, bs;
   TensorView seq_lens, req_pool_indices, req_to_token, accept_lens;
   int64_t page_size, topk, rows_per_req;
-  bool has_accept_lens, packed;
+  bool has_accept_lens, packed, whole_pages;
   int64_t rows() const { return bs * rows_per_req; }
 };
 
@@ -191,11 +191,21 @@ bool rows_start_on_16_bytes(const void* data, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 4 == 0;
 }
 
+// Whether one slot of each page is read: where the caller says that a page's slots follow each other, or nobody wants
+// any but the first; and four columns that move at once are of one page.
+bool reads_by_page(const GenerateParams& launch) {
+  const auto wants_slots = [](const GenerateTables& tables) { return tables.page_table_1 != nullptr; };
+  const bool power_of_two = (launch.page_size & (launch.page_size - 1)) == 0;
+  return power_of_two && launch.page_size >= kColumnsPerLoad &&
+         (launch.whole_pages || std::none_of(launch.tables, launch.tables + launch.num_tables, wants_slots));
+}
+
 // Sets what depends on all tables of the launch.
 void set_tables(GenerateParams& launch) {
   if (launch.num_tables == 0) return;
+  launch.whole_pages = reads_by_page(launch);
   launch.max_offset = launch.min_offset = launch.tables[0].seqlens_offset;
-  bool aligned = rows_start_on_16_bytes(launch.req_to_token, launch.token_stride);
+  bool aligned = launch.whole_pages || rows_start_on_16_bytes(launch.req_to_token, launch.token_stride);
   int64_t max_cols = 0, common_cols = kMaxColumns;
   for (int t = 0; t < launch.num_tables; ++t) {
     const GenerateTables& tables = launch.tables[t];
@@ -231,6 +241,7 @@ GenerateParams common_params(const PlanArgs& args) {
   p.seq_lens_64 = args.seq_lens.element_size == 8;
   p.req_pool_indices_64 = args.req_pool_indices.element_size == 8;
   p.packed = args.packed;
+  p.whole_pages = args.whole_pages;
   return p;
 }
 
@@ -261,6 +272,7 @@ Planned<GenerateParams> make_generate_plan(StableIValue* stack) {
   args.rows_per_req = take<int64_t>(stack[10]);
   TensorHandle accept_lens = take_optional_tensor(stack[11]);
   args.packed = take<bool>(stack[12]);
+  args.whole_pages = take<bool>(stack[13]);
 
   args.has_accept_lens = accept_lens != nullptr;
   check_scalars(args);
@@ -353,7 +365,7 @@ void nsa_metadata_generate_run(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void nsa_metadata_generate_once(StableIValue* stack, uint64_t, uint64_t) {
-  const int64_t max_len = take<int64_t>(stack[13]);
+  const int64_t max_len = take<int64_t>(stack[14]);
   const auto plan = make_generate_plan(stack);
   checked_run(plan.view(), max_len).enqueue(backend::Stream(plan.header.device_index));
 }

@@ -52,8 +52,22 @@ __device__ __forceinline__ LanePage lane_page(const GenerateParams& p, int32_t b
   return {page, page_of_token(p, token), at < kWarpColumns};
 }
 
+template <bool kWholePages>
+__device__ __forceinline__ int32_t load_slot(const GenerateParams& p, const int32_t* tokens, int32_t column) {
+  if constexpr (!kWholePages) return __ldg(tokens + column);
+  const uint32_t in_page = column & (p.page_size - 1);
+  return static_cast<int32_t>(static_cast<uint32_t>(__ldg(tokens + column - in_page)) + in_page);
+}
+
 // The first `count` columns of the four that a thread loads and stores at once.
-__device__ __forceinline__ int4 load_columns(const int32_t* at, int32_t count) {
+template <bool kWholePages>
+__device__ __forceinline__ int4 load_columns(const GenerateParams& p, const int32_t* tokens, int32_t column,
+                                             int32_t count) {
+  if constexpr (kWholePages) {
+    const uint32_t slot = count > 0 ? load_slot<true>(p, tokens, column) : 0;
+    return make_int4(slot, slot + 1, slot + 2, slot + 3);
+  }
+  const int32_t* const at = tokens + column;
   if (count >= kColumnsPerLoad) return __ldg(reinterpret_cast<const int4*>(at));
   int4 columns{};
   if (count > 0) columns.x = __ldg(at);
@@ -73,7 +87,7 @@ __device__ __forceinline__ void store_columns(int32_t* at, const int4& columns, 
 
 // A tile of rows that are aligned, `kWhole`: which all rows of all tables have whole. The columns of a warp are one
 // piece, and with them the pages that begin there: their numbers leave the warp side by side.
-template <Mode kMode, bool kWhole>
+template <Mode kMode, bool kWholePages, bool kWhole>
 __device__ __forceinline__ void copy_aligned_tile(const GenerateParams& p, const Tile& tile) {
   constexpr int kApart = 32 * kColumnsPerLoad;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) & 31;
@@ -83,7 +97,7 @@ __device__ __forceinline__ void copy_aligned_tile(const GenerateParams& p, const
 #pragma unroll
   for (int k = 0; k < kLoadsInFlight; ++k) {
     const int32_t left = kWhole ? kColumnsPerLoad : tile.end - column - k * kApart;
-    tokens[k] = load_columns(tile.tokens + column + k * kApart, left);
+    tokens[k] = load_columns<kWholePages>(p, tile.tokens, column + k * kApart, left);
   }
   LanePage mine{};
   if (p.pages_by_warp) mine = lane_page(p, begin, tokens);
@@ -115,14 +129,15 @@ __device__ __forceinline__ void copy_aligned_tile(const GenerateParams& p, const
 }
 
 // A tile of rows that are not aligned: as many bytes in flight, 4 at a time.
-template <Mode kMode, int kThreads>
+template <Mode kMode, int kThreads, bool kWholePages>
 __device__ __forceinline__ void copy_unaligned_tile(const GenerateParams& p, const Tile& tile) {
   constexpr int kColumns = kLoadsInFlight * kColumnsPerLoad;
   const int32_t column = tile.begin + static_cast<int32_t>(threadIdx.x);
   int32_t tokens[kColumns];
 #pragma unroll
   for (int k = 0; k < kColumns; ++k) {
-    if (column + k * kThreads < tile.end) tokens[k] = __ldg(tile.tokens + column + k * kThreads);
+    const int32_t at = column + k * kThreads;
+    if (at < tile.end) tokens[k] = load_slot<kWholePages>(p, tile.tokens, at);
   }
 #pragma unroll 1
   for (int32_t t = 0; t < p.num_tables; ++t) {
@@ -163,7 +178,7 @@ __device__ __forceinline__ void write_pages(const GenerateParams& p, const Tile&
 }
 
 // A block writes every `pieces`-th tile of one request, up to the longest of its rows, whatever the host knew of that.
-template <Mode kMode, int kThreads>
+template <Mode kMode, int kThreads, bool kWholePages>
 __device__ __forceinline__ void write_tables(const GenerateParams& p, const TableGrid& grid, int32_t block) {
   constexpr int32_t kTile = tile_columns(kThreads);
   const int32_t i = divide(block, grid.by_pieces), piece = block - i * grid.pieces;
@@ -184,11 +199,11 @@ __device__ __forceinline__ void write_tables(const GenerateParams& p, const Tabl
   for (; tile.begin < needed; tile.begin += grid.pieces * kTile) {
     tile.end = smaller(needed, tile.begin + kTile);
     if (tile.begin + kTile <= common) {
-      copy_aligned_tile<kMode, true>(p, tile);
+      copy_aligned_tile<kMode, kWholePages, true>(p, tile);
     } else if (p.common_cols > 0) {
-      copy_aligned_tile<kMode, false>(p, tile);
+      copy_aligned_tile<kMode, kWholePages, false>(p, tile);
     } else {
-      copy_unaligned_tile<kMode, kThreads>(p, tile);
+      copy_unaligned_tile<kMode, kThreads, kWholePages>(p, tile);
     }
     if (p.has_pages && !(p.pages_by_warp && p.common_cols > 0)) write_pages<kMode, kThreads>(p, tile);
   }

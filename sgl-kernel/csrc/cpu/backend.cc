@@ -3,6 +3,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "attention/decode_inputs.cuh"
@@ -34,6 +35,18 @@ void write_vectors(const GenerateParams& p, const GenerateVectors& out) {
   }
 }
 
+// The slots of a request's first `count` columns, which may follow from the first of each page.
+void copy_slots(const GenerateParams& p, const int32_t* tokens, int32_t* slots, int32_t count) {
+  if (!p.whole_pages) {
+    if (count > 0) std::memcpy(slots, tokens, count * sizeof(int32_t));
+    return;
+  }
+  for (int64_t first = 0; first < count; first += p.page_size) {
+    const int64_t columns = std::min<int64_t>(p.page_size, count - first);
+    for (int64_t c = 0; c < columns; ++c) slots[first + c] = tokens[first] + static_cast<int32_t>(c);
+  }
+}
+
 void write_tables(const GenerateParams& p, const GenerateTables& table) {
   int64_t row = 0;
   for (int32_t i = 0; i < p.bs; ++i) {
@@ -41,8 +54,8 @@ void write_tables(const GenerateParams& p, const GenerateTables& table) {
     const Request request = load_request(p, p.mode, i);
     const int32_t kv = kv_len(request.seq_len, table.seqlens_offset);
     for (int32_t j = 0; j < num_rows(p, p.mode, request.accepted); ++j, ++row) {
-      const int32_t len = row_len(p.mode, kv, request.accepted, j), live = smaller(len, table.width1);
-      if (live > 0) std::memcpy(table.page_table_1 + row * table.stride1, tokens, live * sizeof(int32_t));
+      const int32_t len = row_len(p.mode, kv, request.accepted, j);
+      copy_slots(p, tokens, table.page_table_1 + row * table.stride1, smaller(len, table.width1));
       if (table.real_page_table == nullptr) continue;
       int32_t* const pages = table.real_page_table + row * table.stride2;
       for (int64_t c = 0; c < table.width2 && c * p.page_size < len; ++c) {

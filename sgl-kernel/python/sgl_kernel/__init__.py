@@ -3,7 +3,7 @@
 Importing this package loads nothing; the compiled library of a device is loaded when it is first needed.
 """
 
-from ._library import available, load_error
+from ._library import ABI_VERSION, available, load_error
 from .decode_inputs import DecodeInputsPlan
 from .fused_metadata import (
     CopyRegion,
@@ -24,6 +24,7 @@ from .replay_copy import ReplayCopyPlan, ReplayField, fused_copy_replay_data
 from .replays import bind_copy, bind_generate, bind_generate_and_copy, bind_replay_copy
 
 __all__ = [
+    "ABI_VERSION",
     "DEEP_GEMM_SPLITS",
     "CopyRegion",
     "DecodeInputsPlan",

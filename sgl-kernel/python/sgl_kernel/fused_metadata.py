@@ -134,6 +134,11 @@ class NSAMetadataGeneratePlan(Plan):
         rows_per_req: 1 in DECODE.
         accept_lens: [>= bs], int32; DRAFT_EXTEND only, and required there.
         packed: DRAFT_EXTEND only.
+        whole_pages: the caller's word that requests hold whole pages, as a paged allocator gives them:
+            req_to_token[r, c] = req_to_token[r, c - c % page_size] + c % page_size in every live column.
+            Then one slot of each page is read, and the others follow from it: the same tables from a
+            fraction of the bytes. With a page size that is no power of two, or less than 4, every column
+            is read as without it. Where the word is wrong, page_table_1 is.
     """
 
     def __init__(
@@ -150,6 +155,7 @@ class NSAMetadataGeneratePlan(Plan):
         rows_per_req: int = 1,
         accept_lens: torch.Tensor | None = None,
         packed: bool = False,
+        whole_pages: bool = False,
     ) -> None:
         fields = [d.tensors() for d in destinations]
         super().__init__(
@@ -168,6 +174,7 @@ class NSAMetadataGeneratePlan(Plan):
             rows_per_req,
             accept_lens,
             packed,
+            whole_pages,
         )
 
     def run(self, max_len: int = -1) -> None:

@@ -36,7 +36,7 @@ void launch_copy(const CopyParams& params, const Stream&) { copy(params); }
 void launch_copy(const ReplayCopyParams& params, const Stream&) { copy(params); }
 
 void launch_generate(const GenerateParams& params, const TableGrid& grid, const Stream&) {
-  const GenerateKernel kernel = generate_kernel(params.mode, grid.threads);
+  const GenerateKernel kernel = generate_kernel(params.mode, grid.threads, params.whole_pages);
   emulation::block.launch(static_cast<uint32_t>(params.num_vectors + grid.blocks), grid.threads,
                           [&] { kernel(grid, params); });
 }

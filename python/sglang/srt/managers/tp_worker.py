@@ -108,6 +108,7 @@ class TpModelWorker:
             self.device,
             config.vocab_size,
             config.eos_token_ids,
+            self.page_size,
         )
         self.sampler = RequestSampler(self.req_to_token_pool, server_args.sampling_backend, self.device)
         self.nsa_config = attention_config(server_args, config, width, self.device)

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 class ReqToTokenPool:
     """Which slot holds the key of position p of request r: `req_to_token[r, p]`.
 
+    Every row holds whole pages: the slots of a page stand side by side, in order, from a multiple of the page
+    size on; page 0 stands wherever a request has none. Who reads the first slot of a page knows the others.
+
     Beside the table stands what a step needs of each request, indexed in the same way, so that a batch is
     nothing but a list of request indices.
     """
@@ -32,11 +35,13 @@ class ReqToTokenPool:
         device: torch.device | str,
         vocab_size: int = 0,  # 0: no request changes its logits
         eos_token_ids: Collection[int] = (),
+        page_size: int = 1,  # divides max_context_len
     ) -> None:
         rows = size + 1  # request 0 is the padding
         self.size = size
         self.max_context_len = max_context_len
-        self.req_to_token = torch.zeros((rows, max_context_len), dtype=torch.int32, device=device)
+        in_page = torch.arange(max_context_len, dtype=torch.int32, device=device) % page_size
+        self.req_to_token = in_page.repeat(rows, 1)
         # The committed length: tokens whose target KV is in the cache. The last token never is.
         self.seq_lens = torch.ones(rows, dtype=torch.int32, device=device)
         self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)  # sampled, not yet in the cache
@@ -74,6 +79,10 @@ class ReqToTokenPool:
         indices = requests.long()
         self.draft_token.index_copy_(0, indices, tokens)
         self.draft_hidden.index_copy_(0, indices, hidden_states.float())
+
+    def forget_pages(self, index: int) -> None:
+        """The request's row is the padding's again."""
+        self.req_to_token[index].copy_(self.req_to_token[0])
 
     def alloc(self) -> int | None:
         """A free request index, or None."""

@@ -103,7 +103,7 @@ class RequestMemory:
         cached = set(req.cache_node.pages())
         self.allocator.free([page for page in req.pages if page not in cached])
         self.cache.unlock(req.cache_node)
-        self.pool.req_to_token[req.req_pool_idx].zero_()
+        self.pool.forget_pages(req.req_pool_idx)
         self.pool.seq_lens[req.req_pool_idx].fill_(1)
         self.pool.free(req.req_pool_idx)
         req.req_pool_idx, req.cache_node, req.pages, req.kv_len = None, None, [], 0

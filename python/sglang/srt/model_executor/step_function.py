@@ -37,6 +37,7 @@ class StepMetadata:
             req_pool_indices=step.req_pool_indices,
             req_to_token=pool.req_to_token,
             accept_lens=step.accept_lens if extend else None,
+            whole_pages=True,  # as every row of the pool has them
         )
 
 

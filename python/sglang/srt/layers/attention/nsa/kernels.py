@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-_NEWEST = "bind_generate_and_copy"  # what the core calls that came last into the library
+_OLDEST = 9  # ABI version: a library before it does not know all that the core asks for
 
 
 def load_kernels(device_type: str) -> ModuleType:
@@ -19,10 +19,11 @@ def load_kernels(device_type: str) -> ModuleType:
         )
     except ImportError as error:
         raise ImportError(f"the kernel library is not installed: {error}") from error
-    if not hasattr(library, _NEWEST):
+    version = getattr(library, "ABI_VERSION", 0)
+    if version < _OLDEST:
         raise ImportError(
             f"the installed sgl_kernel ({library.__file__}) is another library than sgl-kernel-nsa, "
-            f"or an older one: it has no {_NEWEST}"
+            f"or an older one: ABI version {version}, expected at least {_OLDEST}"
         )
     if not library.available(device_type):
         raise ImportError(

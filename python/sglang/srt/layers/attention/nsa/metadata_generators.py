@@ -73,6 +73,7 @@ class FusedGenerator:
             topk=shape.topk,
             rows_per_req=shape.rows_per_req,
             accept_lens=inputs.accept_lens,
+            whole_pages=inputs.whole_pages,
         )
         self.run: Callable[[int], None] = kernels.bind_generate(self.plan)
 

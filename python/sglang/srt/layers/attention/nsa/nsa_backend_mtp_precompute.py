@@ -24,6 +24,8 @@ class MetadataInputs:
     req_pool_indices: torch.Tensor  # [bs], int32 or int64
     req_to_token: torch.Tensor  # [pool, >= width], int32
     accept_lens: torch.Tensor | None = None  # [bs], int32: DRAFT_EXTEND
+    # The slots of a page follow each other in every live column: a generator may read the first and no other.
+    whole_pages: bool = False
 
     @property
     def slot_table(self) -> SlotTable:
