@@ -45,8 +45,9 @@ def main() -> None:
         CopyRig(case, "cuda").check()
     for spec in copy_tests.ELEMENTS:
         CopyRig(CopyCase((spec,)), "cuda").check()
-    for case in generate_tests.CORRECTNESS[:20] + generate_tests.CORNER:
-        GenerateRig(case, "cuda").check()
+    for case in generate_tests.CORRECTNESS[:20] + generate_tests.CORNER + generate_tests.WHOLE_TILES[:8]:
+        for whole_pages in (False, True):
+            GenerateRig(replace(case, whole_pages=whole_pages), "cuda").check()
     for case in sglang_tests.SINGLE + sglang_tests.MULTI[:4]:
         rig = sglang_tests.SGLangRig(case, "cuda")
         rig.call(rig.buffer)

@@ -90,7 +90,7 @@ struct GenerateParams {
   bool req_pool_indices_64;
   bool packed;  // DRAFT_EXTEND: rows of a request follow each other without gaps
   // A column's slot is that of its page's first column and the distance to it: only those are read. The page size is
-  // then a power of two, and four columns that move at once are of one page.
+  // then a power of two, four columns that move at once are of one page, and the tables' rows are aligned.
   bool whole_pages;
   bool has_pages;
   bool pages_by_warp;  // a warp's columns begin 32 pages at most, each with the first token of a load

@@ -203,9 +203,9 @@ bool reads_by_page(const GenerateParams& launch) {
 // Sets what depends on all tables of the launch.
 void set_tables(GenerateParams& launch) {
   if (launch.num_tables == 0) return;
-  launch.whole_pages = reads_by_page(launch);
+  const bool by_page = reads_by_page(launch);
   launch.max_offset = launch.min_offset = launch.tables[0].seqlens_offset;
-  bool aligned = launch.whole_pages || rows_start_on_16_bytes(launch.req_to_token, launch.token_stride);
+  bool aligned = by_page || rows_start_on_16_bytes(launch.req_to_token, launch.token_stride);
   int64_t max_cols = 0, common_cols = kMaxColumns;
   for (int t = 0; t < launch.num_tables; ++t) {
     const GenerateTables& tables = launch.tables[t];
@@ -220,6 +220,7 @@ void set_tables(GenerateParams& launch) {
   }
   launch.max_cols = static_cast<int32_t>(max_cols);
   launch.common_cols = aligned ? static_cast<int32_t>(common_cols) : 0;
+  launch.whole_pages = by_page && launch.common_cols > 0;
   launch.pages_by_warp =
       launch.has_pages && launch.page_size % kColumnsPerLoad == 0 && launch.page_size >= kWarpColumns / 32;
 }

@@ -52,22 +52,16 @@ __device__ __forceinline__ LanePage lane_page(const GenerateParams& p, int32_t b
   return {page, page_of_token(p, token), at < kWarpColumns};
 }
 
-template <bool kWholePages>
-__device__ __forceinline__ int32_t load_slot(const GenerateParams& p, const int32_t* tokens, int32_t column) {
-  if constexpr (!kWholePages) return __ldg(tokens + column);
-  const uint32_t in_page = column & (p.page_size - 1);
-  return static_cast<int32_t>(static_cast<uint32_t>(__ldg(tokens + column - in_page)) + in_page);
-}
-
 // The first `count` columns of the four that a thread loads and stores at once.
 template <bool kWholePages>
 __device__ __forceinline__ int4 load_columns(const GenerateParams& p, const int32_t* tokens, int32_t column,
                                              int32_t count) {
+  const int32_t* const at = tokens + column;
   if constexpr (kWholePages) {
-    const uint32_t slot = count > 0 ? load_slot<true>(p, tokens, column) : 0;
+    const int32_t in_page = column & (p.page_size - 1);
+    const uint32_t slot = static_cast<uint32_t>(count > 0 ? __ldg(at - in_page) : 0) + in_page;
     return make_int4(slot, slot + 1, slot + 2, slot + 3);
   }
-  const int32_t* const at = tokens + column;
   if (count >= kColumnsPerLoad) return __ldg(reinterpret_cast<const int4*>(at));
   int4 columns{};
   if (count > 0) columns.x = __ldg(at);
@@ -129,15 +123,14 @@ __device__ __forceinline__ void copy_aligned_tile(const GenerateParams& p, const
 }
 
 // A tile of rows that are not aligned: as many bytes in flight, 4 at a time.
-template <Mode kMode, int kThreads, bool kWholePages>
+template <Mode kMode, int kThreads>
 __device__ __forceinline__ void copy_unaligned_tile(const GenerateParams& p, const Tile& tile) {
   constexpr int kColumns = kLoadsInFlight * kColumnsPerLoad;
   const int32_t column = tile.begin + static_cast<int32_t>(threadIdx.x);
   int32_t tokens[kColumns];
 #pragma unroll
   for (int k = 0; k < kColumns; ++k) {
-    const int32_t at = column + k * kThreads;
-    if (at < tile.end) tokens[k] = load_slot<kWholePages>(p, tile.tokens, at);
+    if (column + k * kThreads < tile.end) tokens[k] = __ldg(tile.tokens + column + k * kThreads);
   }
 #pragma unroll 1
   for (int32_t t = 0; t < p.num_tables; ++t) {
@@ -200,10 +193,10 @@ __device__ __forceinline__ void write_tables(const GenerateParams& p, const Tabl
     tile.end = smaller(needed, tile.begin + kTile);
     if (tile.begin + kTile <= common) {
       copy_aligned_tile<kMode, kWholePages, true>(p, tile);
-    } else if (p.common_cols > 0) {
+    } else if (kWholePages || p.common_cols > 0) {
       copy_aligned_tile<kMode, kWholePages, false>(p, tile);
     } else {
-      copy_unaligned_tile<kMode, kThreads, kWholePages>(p, tile);
+      copy_unaligned_tile<kMode, kThreads>(p, tile);
     }
     if (p.has_pages && !(p.pages_by_warp && p.common_cols > 0)) write_pages<kMode, kThreads>(p, tile);
   }

@@ -137,8 +137,9 @@ class NSAMetadataGeneratePlan(Plan):
         whole_pages: the caller's word that requests hold whole pages, as a paged allocator gives them:
             req_to_token[r, c] = req_to_token[r, c - c % page_size] + c % page_size in every live column.
             Then one slot of each page is read, and the others follow from it: the same tables from a
-            fraction of the bytes. With a page size that is no power of two, or less than 4, every column
-            is read as without it. Where the word is wrong, page_table_1 is.
+            fraction of the bytes. It takes a page size that is a power of two, 4 at least, and tables whose
+            rows begin at multiples of 16 bytes; else every column is read, as without it. Where the word
+            is wrong, page_table_1 is.
     """
 
     def __init__(
