@@ -60,6 +60,7 @@ class ServerArgs(SGLangArgs):
         ("auto", "safetensors", "dummy"),
     )
     random_seed: int = runs(0, "seeds the requests that bring no seed, and dummy weights")
+    skip_server_warmup: bool = runs(False, "cuda: kernels are compiled when a prompt first needs them")
     context_length: int | None = memory(None, "longest sequence (default: the model's)")
     page_size: int = memory(64, "tokens in a page of the key-value cache; a power of two up to 256")
     max_total_tokens: int | None = memory(None, "tokens that the cache holds (default: from free memory)")

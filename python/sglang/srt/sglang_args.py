@@ -23,7 +23,6 @@ class SGLangArgs:
     """Nothing reads these fields but /server_info."""
 
     trust_remote_code: bool = always(False, "no code of a checkpoint is run")
-    skip_server_warmup: bool = always(False, "the graphs are captured at start, there is no other warm-up")
     enable_metrics: bool = always(False, "/metrics is always there")
     enable_cache_report: bool = always(False, "`usage` always has the cached tokens")
     enable_deterministic_inference: bool = always(False, "a token depends on the seed and its position alone")

@@ -16,7 +16,7 @@ import triton.language as tl
 from sglang.srt.layers.triton_kernels.launch import dependent_launch, wait_for_inputs
 from sglang.srt.layers.triton_kernels.sum_parts import sum_parts
 
-GROUP_TILE = 1024  # pairs that the grouping looks at in one go
+FEW_PAIRS, MANY_PAIRS = 128, 1024  # that the grouping looks at in one go
 NONE = -1
 
 
@@ -43,7 +43,7 @@ class Blocks:
         return cls(128, 128, 64, 8, 2)
 
 
-@triton.jit(do_not_specialize=["pairs", "max_blocks"])
+@triton.jit(do_not_specialize=["pairs", "max_blocks"], do_not_specialize_on_alignment=["cursors"])
 def _group_kernel(
     pair_experts,  # [P], int64 or int32
     order,  # [max_blocks * BLOCK_M], int32: pairs by expert, each expert's filled up with NONE
@@ -195,6 +195,7 @@ def group_by_expert(
     max_blocks = min(pairs, triton.cdiv(pairs, block_rows) + count)
     ints = torch.empty(max_blocks * (block_rows + 1) + count, dtype=torch.int32, device=experts.device)
     order, block_experts, cursors = ints.split((max_blocks * block_rows, max_blocks, count))
+    few = pairs <= FEW_PAIRS
     _group_kernel[(1,)](
         experts,
         order,
@@ -205,8 +206,8 @@ def group_by_expert(
         max_blocks,
         BLOCK_M=block_rows,
         BLOCK_E=max(2, triton.next_power_of_2(count)),
-        TILE=min(GROUP_TILE, max(32, triton.next_power_of_2(pairs))),
-        num_warps=8 if pairs >= GROUP_TILE else 4,
+        TILE=FEW_PAIRS if few else MANY_PAIRS,
+        num_warps=4 if few else 8,
         **dependent_launch(experts.device),
     )
     return order, block_experts

@@ -12,7 +12,7 @@ from sglang.srt.layers.triton_kernels.rotate_queries import BLOCK_H, rotate_bloc
 MAX_BLOCK_T, BLOCK_C = 64, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _absorb_kernel(
     q,  # [T, H, nope + R]
     w_uk,  # [H, nope, C]

@@ -44,7 +44,7 @@ class Blocks:
         return heads * triton.cdiv(outputs, self.outputs) * self.splits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _few_rows_kernel(
     x,  # [T, H, K]
     weight,  # [H, N, K]

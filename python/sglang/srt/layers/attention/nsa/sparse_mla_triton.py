@@ -19,7 +19,7 @@ from .shared_memory import shared_memory
 TARGET_PROGRAMS = 132  # the multiprocessors of an H200: most tiles leave no room for a second program
 MIN_SPLIT = 128  # slots; a shorter split costs more to merge than it gains
 MAX_SPLITS = 16
-MAX_SCAN = 2048  # slots looked at in one go for the last that counts
+SCANNED = 2048  # slots looked at in one go for the last that counts, where a row may be split
 LOG2_E = 1.4426950408889634
 SHARED_REST = 4096  # bytes: slots, and what reductions exchange
 
@@ -251,7 +251,7 @@ def sparse_mla(
         kv_buffer.stride(0),
         topk_slots.stride(0),
         SPLIT=splits > 1,
-        SCAN=min(MAX_SCAN, triton.next_power_of_2(topk)),
+        SCAN=SCANNED if topk >= 2 * MIN_SPLIT else 2 * MIN_SPLIT,
         PARTS=tile.parts,
         BLOCK_H=tile.heads,
         BLOCK_N=tile.slots,

@@ -1,0 +1,62 @@
+"""What prompts need is compiled before the server is ready."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from sglang.srt.managers.prefill_warmup import GREEDY, pass_shapes, warm_up_prefill
+from sglang.srt.managers.schedule_batch import PrefillChunk, Req
+from worker_driver import generate, make_worker, speculative
+
+MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-nsa"
+PROMPTS = [list(range(5, 25)), [7] * 30]
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 8, 1000, 8192])
+def test_passes_are_of_every_size_that_there_is(longest: int) -> None:
+    """Each tile is for so many rows up to twice as many, whatever number they begin with."""
+    shapes = pass_shapes(longest, context_len=longest + 300, index_topk=256)
+    for keys in (0, 64, 256):
+        sizes = [rows for rows, before in shapes if before == keys]
+        assert max(sizes) == longest and min(sizes) == 1
+        for fewest in range(1, longest // 2 + 1):
+            assert any(fewest <= rows <= 2 * fewest for rows in sizes)
+    assert all(rows + before <= 40 for rows, before in pass_shapes(30, context_len=40, index_topk=256))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_warm_up_leaves_no_trace(steps: int) -> None:
+    fresh, warm = (make_worker(MODEL, **(speculative(steps) if steps else {})) for _ in range(2))
+    warm_up_prefill(warm, 60, warm.config.index_topk)
+    pools = fresh.req_to_token_pool, warm.req_to_token_pool
+    for name in ("req_to_token", "seq_lens", "last_token", "draft_token", "draft_hidden"):
+        assert getattr(pools[0], name).equal(getattr(pools[1], name)), name
+    assert generate(fresh, PROMPTS, 20) == generate(warm, PROMPTS, 20)
+    assert fresh.internal_state() == warm.internal_state()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_no_prompt_waits_for_a_compiler(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the first prompt of a length, or the first few that came together, took up to four seconds more,
+    and all that decoded meanwhile waited too."""
+    import triton
+
+    compiled: list[str] = []
+    listener = lambda *, src, **others: compiled.append(src.name)  # noqa: E731
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listener)
+    options = {"device": "cuda", "dtype": "bfloat16", "context_length": 4096, "chunked_prefill_size": 2048}
+    options |= {"max_running_requests": 32, "cuda_graph_max_bs": 4, "max_total_tokens": 16384}
+    worker = make_worker(MODEL, **options, nsa_prefill_backend=backend, **speculative(4))
+    assert compiled, "Triton tells of nothing that it compiles or loads"
+    compiled.clear()
+    rng = random.Random(0)
+    lengths = [[n] for n in (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 600, 777, 1023, 2047, 2048)]
+    lengths += [[rng.choice([5, 17, 37, 64]) for _ in range(n)] for n in (2, 3, 8, 15, 16, 17, 29, 32)]
+    for chunks in lengths:
+        for keys in (0, 1, 100, 255, 256, 257, 1000, 2000):
+            reqs = [Req("r", [], GREEDY, seed=0, req_pool_idx=0, kv_len=keys) for _ in chunks]
+            worker.prefill([PrefillChunk(req, [1] * n, None) for req, n in zip(reqs, chunks)])
+            assert not compiled, f"chunks of {chunks} behind {keys} keys"
