@@ -331,6 +331,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
     bench = Bench(args.device, args.rounds)
     print(
         "| kernel | case | implementation | us | floor us | ratio | TFLOP/s | GB/s | error |\n"

@@ -16,6 +16,7 @@ OUT_DIR=${1:-docs/results/latest}
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-.whl}
 STEPS=${STEPS:-build tests sglang-tests fuzz sanitize sanitize-libraries kernels metadata soak speculation paths study peers}
+"$PYTHON" -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else f"torch {torch.__version__} finds no GPU")' || exit 1
 FUZZ_CASES=${FUZZ_CASES:-100000}
 SOAK_REPLAYS=${SOAK_REPLAYS:-100000}
 mkdir -p "$OUT_DIR"

@@ -331,16 +331,21 @@ PARTS: dict[str, Callable[[], None]] = {
 
 
 def main() -> None:
+    names = sys.argv[1:] or ["tokens_first"]
+    if unknown := sorted(set(names) - PARTS.keys()):
+        sys.exit(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     OUT.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[1:] or ["tokens_first"]:
+    failed = False
+    for name in names:
         started = time.monotonic()
         print(f"== {name}", flush=True)
         try:
             PARTS[name]()
         except Exception as error:
+            failed = True
             print(f"{name}: {error!r}", flush=True)
         print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
-    os._exit(0)  # threads that wait for a server that hangs are not waited for
+    os._exit(failed)  # threads that wait for a server that hangs are not waited for
 
 
 if __name__ == "__main__":
