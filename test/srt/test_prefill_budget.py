@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scheduler_harness import Harness, greedy, prompt_of
 from sglang.srt.managers import scheduler as scheduler_module
-from sglang.srt.managers.prefill_budget import MOST_OVERDRAWN, SHARE
+from sglang.srt.managers.prefill_budget import LONGEST_WAIT, MOST_OVERDRAWN, SHARE
 from sglang.srt.managers.schedule_batch import PrefillChunk, Req, StepOutput
 
 TOKENS = 101  # of the request that decodes: a first one and 100 steps
@@ -180,6 +180,18 @@ def test_prompts_get_their_share_of_the_time(passes: list[Pass], step: float, ov
     debt = 2 * max(taken.total for taken in passes) + step
     began = [at for at, _ in worker.passes if at < seconds]
     assert all(b - a <= debt * (1 + 1 / SHARE) + 2 * step for a, b in pairwise(began))
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("burst", [30.0, -1.0])
+def test_decoding_never_stands_still(monkeypatch: pytest.MonkeyPatch, burst: float, overlaps: bool) -> None:
+    """Bug: as long as the burst lasted, and for ever without a limit, no token came while prompts waited."""
+    worker = TimedWorker(lambda i: 0.1, lambda i: Pass(0.2), overlaps)
+    decode_beside_prompts(worker, monkeypatch, lambda i: 2, prefill_burst=burst)
+    others = [at for at, _ in worker.passes[1:]]
+    follow_each_other = [later - at == pytest.approx(0.2) for at, later in pairwise(others)]
+    assert "".join("x" if x else " " for x in follow_each_other).split(" ")[:20] == ["xx"] * 20
+    assert 0.2 * 3 >= LONGEST_WAIT > 0.2 * 2
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
