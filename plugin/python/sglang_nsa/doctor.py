@@ -96,8 +96,8 @@ def _layout(
     by = "one launch of the plugin" if result.generator is None else f"SGLang's own path ({result.generator})"
     lines = [("layout", layout), ("refreshed by", by)]
     if installed.family.fields.topk is not None:
-        by_page = "by page with SGLang's paged allocator of the same page size, else by column"
-        lines.append(("slots", f"{by_page}: the server's log says which"))
+        known = "in whole pages with SGLang's paged allocator of the same page size, else anywhere"
+        lines.append(("slots", f"{known}: the server's log says which"))
         share = (
             "known once a model is loaded: the server's log says whether draft steps reuse the top-k"
             if installed.family.prefix == "dsa"

@@ -118,12 +118,12 @@ class DraftMetadata:
         self.counters.started(self.layout, len(self.backends), saved)
         logger.info(
             "sglang-nsa-plugin: %d draft backends, layout %s, page tables %.1f MiB (%.1f MiB saved), "
-            "slots read by %s, %s%s",
+            "slots %s, %s%s",
             len(self.backends),
             self.layout,
             held / 2**20,
             saved / 2**20,
-            "page" if self.whole_pages else "column",
+            "in whole pages" if self.whole_pages else "anywhere",
             "one launch" if self.reason is None else f"refreshed by SGLang's own path once ({self.reason})",
             ", verified at every replay" if self.settings.verify else "",
         )
