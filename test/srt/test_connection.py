@@ -1,4 +1,4 @@
-"""Connections: who is one too many, or does not say what it wants, is hung up on; nobody else is."""
+"""Connections: who is one too many, says nothing or reads nothing is hung up on; nobody else is."""
 
 from __future__ import annotations
 
@@ -17,10 +17,19 @@ from sglang.srt.entrypoints.connection import QUIET_S, BoundedProtocol
 
 TIMEOUT = 0.4  # seconds
 SLOW = 3 * TIMEOUT
+LARGE = 24 << 20  # bytes: more than the kernel takes for a client that does not read
+PART = 1 << 20
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    if scope["path"] in ("/large", "/parts"):
+        sizes = [LARGE] if scope["path"] == "/large" else [PART] * (LARGE // PART)
+        headers = [(b"content-length", str(LARGE).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for left, size in zip(reversed(range(len(sizes))), sizes):
+            await send({"type": "http.response.body", "body": b"x" * size, "more_body": left > 0})
+        return
     if scope["path"] == "/slow":
         await asyncio.sleep(SLOW)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
@@ -34,6 +43,7 @@ def serving(most: int) -> Iterator[int]:
     class Quick(BoundedProtocol):
         limit = most
         header_timeout = TIMEOUT
+        unread_timeout = SLOW
 
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         server = uvicorn.Server(uvicorn.Config(app, http=Quick, log_config=None, lifespan="off"))
@@ -60,7 +70,7 @@ def read_until_closed(connection: socket.socket) -> bytes:
     """Raises TimeoutError where the server does not close it."""
     received = b""
     try:
-        while part := connection.recv(1000):
+        while part := connection.recv(1 << 16):
             received += part
     except ConnectionResetError:
         pass
@@ -85,6 +95,26 @@ def test_who_waits_for_an_answer_is_not(port: int) -> None:
     with connect(port) as connection:
         connection.sendall(GET.replace(b"/", b"/slow", 1))
         assert read_until_closed(connection).endswith(b"ok")
+
+
+def test_who_reads_nothing_is_hung_up_on(port: int) -> None:
+    """Bug: an answer in parts was held for ever for a client that did not read it."""
+    with connect(port) as connection:
+        connection.sendall(GET.replace(b"/", b"/parts", 1))
+        time.sleep(2.5 * SLOW)
+        assert len(read_until_closed(connection)) < LARGE
+
+
+def test_who_reads_slowly_gets_the_whole_answer(port: int) -> None:
+    """Bug: what was left of an answer was dropped 10 s after the server had written the last of it."""
+    with connect(port) as connection:
+        connection.sendall(GET.replace(b"/", b"/large", 1))
+        received, start = 0, time.monotonic()
+        while time.monotonic() - start < 1.5 * SLOW:
+            received += len(connection.recv(PART // 2))
+            time.sleep(TIMEOUT / 4)
+        assert received < LARGE, "it was not slow"
+        assert received + len(read_until_closed(connection)) > LARGE
 
 
 def test_more_connections_than_there_may_be(

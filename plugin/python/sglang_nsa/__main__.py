@@ -27,13 +27,16 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--json", action="store_true", help="JSON instead of the table")
     bench.add_argument("--out", help="a file for the JSON, beside the table")
     options = parser.parse_args(arguments)
+    try:
+        import torch
+    except ModuleNotFoundError:
+        sys.exit("torch is not installed: the plugin works beside SGLang, which brings it")
     if options.command == "doctor":
         from .doctor import print_report
 
         return 0 if print_report() else 1
-    import torch
-
     from .bench import print_table, run_bench
+    from .fields import UnsupportedError
     from .real_classes import Sizes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
                 draft_tokens=max(options.steps) + 1,
                 decode=decode,
             )
-            found = run_bench(kind, options.steps, options.bs, sizes, device)
+            try:
+                found = run_bench(kind, options.steps, options.bs, sizes, device)
+            except UnsupportedError as error:
+                sys.exit(f"{kind}: {error}; see python -m sglang_nsa doctor")
             if not options.json:
                 print(f"{kind}, {decode if kind == 'nsa' else 'chain drafts'}, page size {sizes.page_size}")
                 print_table(found)

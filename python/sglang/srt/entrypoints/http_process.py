@@ -125,6 +125,7 @@ async def _serve(
     config = uvicorn.Config(
         build_app(args, manager),
         http=BoundedProtocol,
+        ws="none",
         backlog=ACCEPTED_AT_ONCE,
         log_config=None,
         access_log=args.log_level == "debug",
