@@ -51,11 +51,15 @@ def draft_extend_plan(tensor: Callable[..., torch.Tensor]) -> Plan:
     return generate_plan(tensor, mode=2, rows_per_req=1, accept_lens=tensor(2))
 
 
+def whole_pages_plan(tensor: Callable[..., torch.Tensor]) -> Plan:
+    return generate_plan(tensor, whole_pages=True)
+
+
 def schedule_plan(tensor: Callable[..., torch.Tensor]) -> Plan:
     return PagedMQASchedulePlan([PagedMQASchedule(tensor(4), tensor(9, 2))])
 
 
-PLANS = [copy_plan, generate_plan, draft_extend_plan, schedule_plan]
+PLANS = [copy_plan, generate_plan, draft_extend_plan, whole_pages_plan, schedule_plan]
 
 
 def zeros(*shape: int) -> torch.Tensor:

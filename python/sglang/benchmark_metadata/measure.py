@@ -117,15 +117,16 @@ def count_activity(calls: Sequence[Call], device: torch.device) -> list[Activity
     """Profiles all calls in one session; events belong to the call in whose window they began."""
     cuda = device.type == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with warnings.catch_warnings(), profile(activities=kinds) as profiler:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for i, call in enumerate(calls):
-            with record_function(f"window-{i}"):
-                for _ in range(PROFILED_CALLS):
-                    call()
-                synchronize(device)
-            if cuda:
-                time.sleep(0.0005)  # the clocks of host and GPU agree to some microseconds
+        with profile(activities=kinds) as profiler:
+            for i, call in enumerate(calls):
+                with record_function(f"window-{i}"):
+                    for _ in range(PROFILED_CALLS):
+                        call()
+                    synchronize(device)
+                if cuda:
+                    time.sleep(0.0005)  # the clocks of host and GPU agree to some microseconds
     events = profiler.profiler.kineto_results.events()
     windows = [(0, 0)] * len(calls)
     for event in events:
