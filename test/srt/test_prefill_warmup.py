@@ -38,25 +38,24 @@ def test_a_warm_up_leaves_no_trace(steps: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_no_prompt_waits_for_a_compiler(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_prompt_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: the first prompt of a length, or the first few that came together, took up to four seconds more,
     and all that decoded meanwhile waited too."""
     import triton
 
-    compiled: list[str] = []
+    compiled: list[str] = []  # or read from the disk
     listener = lambda *, src, **others: compiled.append(src.name)  # noqa: E731
     monkeypatch.setattr(triton.knobs.compilation, "listener", listener)
     options = {"device": "cuda", "dtype": "bfloat16", "context_length": 4096, "chunked_prefill_size": 2048}
     options |= {"max_running_requests": 32, "cuda_graph_max_bs": 4, "max_total_tokens": 16384}
-    worker = make_worker(MODEL, **options, nsa_prefill_backend=backend, **speculative(4))
-    assert compiled, "Triton tells of nothing that it compiles or loads"
+    worker = make_worker(MODEL, **options, **speculative(4))
+    assert compiled, "Triton tells of nothing: another test of this process had the same worker"
     compiled.clear()
     rng = random.Random(0)
-    lengths = [[n] for n in (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 600, 777, 1023, 2047, 2048)]
-    lengths += [[rng.choice([5, 17, 37, 64]) for _ in range(n)] for n in (2, 3, 8, 15, 16, 17, 29, 32)]
-    for chunks in lengths:
+    passes = [[n] for n in (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 600, 777, 1023, 2047, 2048)]
+    passes += [[rng.choice([5, 17, 37, 64]) for _ in range(n)] for n in (2, 3, 8, 15, 16, 17, 29, 32)]
+    for lengths in passes:
         for keys in (0, 1, 100, 255, 256, 257, 1000, 2000):
-            reqs = [Req("r", [], GREEDY, seed=0, req_pool_idx=0, kv_len=keys) for _ in chunks]
-            worker.prefill([PrefillChunk(req, [1] * n, None) for req, n in zip(reqs, chunks)])
-            assert not compiled, f"chunks of {chunks} behind {keys} keys"
+            reqs = [Req("r", [], GREEDY, seed=0, req_pool_idx=0, kv_len=keys) for _ in lengths]
+            worker.prefill([PrefillChunk(req, [1] * n, None) for req, n in zip(reqs, lengths)])
+            assert not compiled, f"chunks of {lengths} behind {keys} keys"

@@ -16,6 +16,7 @@ import triton.language as tl
 from sglang.srt.layers.triton_kernels.launch import dependent_launch, wait_for_inputs
 from sglang.srt.layers.triton_kernels.sum_parts import sum_parts
 
+FEW_ROWS = 16  # of an expert: one block
 FEW_PAIRS, MANY_PAIRS = 128, 1024  # that the grouping looks at in one go
 NONE = -1
 
@@ -36,8 +37,8 @@ class Blocks:
         if dtype == torch.float32:  # not done by tensor cores: operands must fit the registers
             return cls(16, 32, 16, 4, 1)
         per_expert = pairs / experts
-        if per_expert <= 16:
-            return cls(16, 32, 128, 4, 4)
+        if per_expert <= FEW_ROWS:
+            return cls(FEW_ROWS, 32, 128, 4, 4)
         if per_expert <= 256:
             return cls(64, 64, 64, 4, 4)
         return cls(128, 128, 64, 8, 2)
@@ -195,7 +196,8 @@ def group_by_expert(
     max_blocks = min(pairs, triton.cdiv(pairs, block_rows) + count)
     ints = torch.empty(max_blocks * (block_rows + 1) + count, dtype=torch.int32, device=experts.device)
     order, block_experts, cursors = ints.split((max_blocks * block_rows, max_blocks, count))
-    few = pairs <= FEW_PAIRS
+    # If possible where the products' tiles change, too: fewer kinds of passes then need a compiler.
+    few = pairs <= (FEW_ROWS * count if FEW_ROWS * count <= MANY_PAIRS else FEW_PAIRS)
     _group_kernel[(1,)](
         experts,
         order,

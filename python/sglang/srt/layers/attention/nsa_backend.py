@@ -244,8 +244,9 @@ def metadata_inputs(config: NSAConfig, forward_batch: ForwardBatch) -> MetadataI
 def _ragged_metadata(config: NSAConfig, forward_batch: ForwardBatch) -> RaggedMetadata:
     if forward_batch.last_rows is None:
         requests, seqlens = forward_batch.row_requests, (forward_batch.positions + 1).int()
-    else:
-        requests, seqlens = forward_batch.req_pool_indices, forward_batch.seq_lens
+    else:  # in the same dtype: Triton compiles for each
+        requests = forward_batch.row_requests[forward_batch.last_rows]
+        seqlens = forward_batch.seq_lens
     metadata = RaggedMetadata(
         slot_table=SlotTable(forward_batch.req_to_token_pool.req_to_token, requests),
         nsa_seqlens_expanded=seqlens,
