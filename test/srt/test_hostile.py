@@ -17,6 +17,7 @@ import pytest
 from server_fixture import RunningServer
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
+TOKENIZE = "/tokenize"
 MAX_GROWTH = 300 << 20  # bytes
 MAX_HEALTH_S = 1.0
 LEAVES = 0  # the client does not wait for its answer
@@ -165,6 +166,22 @@ ROWS = [
         LEAVES,
         patience=3.0,
     ),
+    Row("13 texts to tokenize", TOKENIZE, lambda: {"prompt": ["x = y " * 80_000] * 13}, 400, "prompt"),
+    Row("a long chat to tokenize", TOKENIZE, lambda: {"messages": long_messages()}, 400, "messages"),
+    Row(
+        "a query of 1 MB before each of 1,000 items",
+        "/v1/score",
+        lambda: {"query": "x" * (1 << 20), "items": ["y"] * 1000, "label_token_ids": [1]},
+        400,
+        "together",
+    ),
+    Row(
+        "200,000 tokens before each of 500 items",
+        "/v1/score",
+        lambda: {"query": [5] * 200_000, "items": [[6]] * 500, "label_token_ids": [1]},
+        400,
+        "together",
+    ),
     Row("a million numbers", GENERATE, lambda: {"input_ids": [7] * 1_000_000}, 413, "values"),
     Row("a million strings", COMPLETIONS, lambda: {"prompt": [""] * 1_000_000}, 413, "values"),
     Row("lists that are no prompts", COMPLETIONS, lambda: {"prompt": [{}] * 200_000}, 400, "prompt"),
@@ -181,6 +198,10 @@ ROWS = [
 ]
 
 MESSAGE = {"role": "user", "content": "hi"}
+
+
+def long_messages() -> list[dict[str, str]]:
+    return [MESSAGE | {"content": "x = y " * 1200}] * 1000
 
 
 def chat(content: str = "hi", **members: Any) -> dict[str, Any]:

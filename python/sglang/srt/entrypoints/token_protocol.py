@@ -10,10 +10,12 @@ from pydantic_core import PydanticCustomError
 from sglang.srt.entrypoints import no_effect
 from sglang.srt.entrypoints.openai_protocol import Message
 from sglang.srt.entrypoints.request_body import Body, Int32
+from sglang.srt.errors import RequestError
 
-MAX_CHARS = 1 << 20  # of a text to tokenize
+MAX_CHARS = 1 << 20  # of all texts to tokenize: each takes some 300 bytes of memory
 MAX_TOKENS = 1 << 20  # to turn into text
 MAX_SEVERAL = 4096  # texts or lists of tokens in one request
+MAX_JOINED = 1 << 24  # characters or tokens of all prompts of a scoring request
 
 Text = Annotated[str, Field(max_length=MAX_CHARS)]
 Texts = Annotated[list[Text], Field(max_length=MAX_SEVERAL)]
@@ -58,13 +60,20 @@ class ScoringRequest(Body):
 
     @model_validator(mode="after")
     def _all_text_or_all_ids(self) -> ScoringRequest:
-        items = [self.items] if isinstance(self.items, str) else self.items
-        if any(isinstance(item, str) != isinstance(self.query, str) for item in items):
+        if any(isinstance(item, str) != isinstance(self.query, str) for item in self.several):
             message = "{param} must be text where query is, and token ids where query is"
             raise PydanticCustomError("unsupported", message, {"param": "items"})
         return self
 
+    @property
+    def several(self) -> list[str] | list[list[int]]:
+        return [self.items] if isinstance(self.items, str) else self.items
+
     def prompts(self) -> list[str] | list[list[int]]:
-        """Query and item, joined, for each item."""
-        items = [self.items] if isinstance(self.items, str) else self.items
+        """Query and item, joined, for each item. Raises RequestError (400) where that is too much."""
+        items = self.several
+        size = len(self.query) * len(items) + sum(map(len, items))
+        if size > MAX_JOINED:
+            message = f"query before each of {len(items)} items is {size} long: at most {MAX_JOINED} together"
+            raise RequestError.bad(message, "items")
         return [item + self.query if self.item_first else self.query + item for item in items]

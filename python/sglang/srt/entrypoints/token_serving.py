@@ -11,7 +11,12 @@ from fastapi.responses import JSONResponse, Response
 from sglang.srt.entrypoints.chat_template import chat_prompt
 from sglang.srt.entrypoints.choice import Choice
 from sglang.srt.entrypoints.serving import answer, check_batch, until_disconnect
-from sglang.srt.entrypoints.token_protocol import DetokenizeRequest, ScoringRequest, TokenizeRequest
+from sglang.srt.entrypoints.token_protocol import (
+    MAX_CHARS,
+    DetokenizeRequest,
+    ScoringRequest,
+    TokenizeRequest,
+)
 from sglang.srt.errors import RequestError
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, new_rid
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -21,12 +26,19 @@ NO_TOKENS = SamplingParams(max_new_tokens=0)
 
 
 async def tokenize(manager: TokenizerManager, body: TokenizeRequest) -> dict[str, Any]:
-    """The tokens of a text, of each of several, or of a conversation as the model would see it."""
+    """The tokens of a text, of each of several, or of a conversation as the model would see it.
+
+    Raises RequestError (400) where they are too long together.
+    """
     if body.messages is not None:
         text, special = await manager.in_thread(lambda: chat_prompt(manager.tokenizer, body.messages)), False
     else:
         text, special = body.prompt, body.add_special_tokens is not False
-    lists = await manager.tokenize([text] if isinstance(text, str) else text, special)
+    texts = [text] if isinstance(text, str) else text
+    if (size := sum(map(len, texts))) > MAX_CHARS:
+        param = "prompt" if body.messages is None else "messages"
+        raise RequestError.bad(f"{param} has {size} characters: at most {MAX_CHARS} in one request", param)
+    lists = await manager.tokenize(texts, special)
     tokens: Any = lists[0] if isinstance(text, str) else lists
     count: Any = len(tokens) if isinstance(text, str) else [len(one) for one in tokens]
     return {"tokens": tokens, "count": count, "max_model_len": manager.context_length}
@@ -55,12 +67,13 @@ async def score(
 
     A label's is the logprob of its token as the last of a prompt: a sequence for each item and label.
     """
-    prompts, labels = body.prompts(), body.label_token_ids
+    labels = body.label_token_ids
     wrong = next((t for t in labels if not 0 <= t < manager.vocab_size), None)
     if wrong is not None:
         message = f"label_token_ids holds token {wrong}, which is not in [0, {manager.vocab_size})"
         raise RequestError.bad(message, "label_token_ids")
-    check_batch(len(prompts), len(labels), "items")
+    check_batch(len(body.several), len(labels), "items")
+    prompts = body.prompts()
     encoded = await until_disconnect(request, manager.encode(prompts, "items")) if prompts else []
     lengths = [len(ids) for ids in encoded]
     choices: list[Choice] = []
