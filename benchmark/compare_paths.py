@@ -353,9 +353,10 @@ def main() -> int:
     if args.replot is not None:
         write(json.loads(args.replot.read_text(encoding="utf-8")), args.replot.parent)
         return 0
-    print(f"answers of {args.output_len} tokens, {args.steps} speculative steps\n{HEADER}")
+    args.logs = Path(tempfile.mkdtemp(prefix="compare_paths_"))
+    print(f"answers of {args.output_len} tokens, {args.steps} speculative steps", end="; ")
+    print(f"the servers' output is in {args.logs}\n{HEADER}")
     with tempfile.TemporaryDirectory() as folder:
-        args.logs = Path(folder)
         rows = measure(args, Path(folder))
     print("\n" + "\n\n".join(map(str, tables([asdict(row) for row in rows]))))
     different = [row.path for row in rows if row.same < 1 and args.device == "cpu"]

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,10 @@ def our_command(model_path: str, device: str, port: int | str, flags: Sequence[s
 
 
 def our_environment(precompute: bool) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT / "python"), str(ROOT / "sgl-kernel" / "python"), *sys.path])
+    """This tree's server, with the kernels that are installed, or else those that were built in the tree."""
+    installed = any(metadata.distributions(name="sgl-kernel-nsa"))
+    kernels = [] if installed else [str(ROOT / "sgl-kernel" / "python")]
+    path = os.pathsep.join([str(ROOT / "python"), *kernels, *sys.path])
     return {FLAG: str(int(precompute)), "PYTHONPATH": path}
 
 
