@@ -7,9 +7,10 @@ import random
 import harness
 import pytest
 import test_derived
+import torch
 from sglang_nsa.hooks import draft_metadata_of
 from sglang_nsa.nsa.metadata_check import MetadataMismatchError
-from sglang_nsa.real_classes import make_batch
+from sglang_nsa.real_classes import Sizes, make_batch, slot_allocator
 
 
 def run(runner, replays, layout, sizes=(1, 4, 8)):
@@ -35,6 +36,34 @@ def test_no_difference(plugin, monkeypatch, layout, decode):
     draft = draft_metadata_of(runner.wrapper)
     assert draft.counters.verified == (19 if layout == "in_graph" else 20)  # the graph of the last is to come
     assert draft.counters.generated == 20
+
+
+def test_sglangs_allocator_gives_whole_pages(plugin):
+    """Requests that grow by prompts and by chains of drafts, end, and leave their pages to others."""
+    plugin("shared")
+    rng, pages, page_size = random.Random(3), 40, 64
+    allocator = slot_allocator(Sizes(pool=pages, page_size=page_size), harness.DEVICE)
+    table = torch.zeros(6, pages * page_size, dtype=torch.int64, device=harness.DEVICE)
+    lens = [0] * len(table)
+    in_page = torch.arange(table.shape[1], device=harness.DEVICE) % page_size
+    for _ in range(25):
+        rows = rng.sample(range(len(table)), 3)
+        added = [rng.choice([1, 4, 63, 64, 65, rng.randint(1, 150)]) for _ in rows]
+        if sum(lens) + sum(added) + len(table) * page_size > pages * page_size:
+            allocator.free(table[rows[0], : lens[rows[0]]])
+            lens[rows[0]] = 0
+            continue
+        before, after = (torch.tensor([lens[r] + n for r, n in zip(rows, more)]) for more in ([0] * 3, added))
+        last = torch.stack([table[r, lens[r] - 1] if lens[r] else in_page[0] - 1 for r in rows])
+        given = before.to(harness.DEVICE), before, after.to(harness.DEVICE), after
+        slots = allocator.alloc_extend(*given, last, sum(added))
+        for row, start, end, own in zip(rows, before.tolist(), after.tolist(), slots.split(added)):
+            table[row, start:end], lens[row] = own, end
+        for row, end in enumerate(lens):
+            first = table[row, :end] - in_page[:end]
+            assert (
+                torch.equal(first, table[row, torch.arange(end) - in_page[:end]]) and not (first % 64).any()
+            )
 
 
 def break_a_page(runner):
