@@ -193,8 +193,8 @@ def shown(burst: float) -> str:
     return "no limit" if burst == -1 else f"{burst:g}"
 
 
-async def measure_server(url: str, burst: float, args: argparse.Namespace) -> list[Measurement]:
-    rows = []
+async def measure_server(url: str, burst: float, args: argparse.Namespace, rows: list[Measurement]) -> None:
+    """Appends to `rows` rate by rate, so that who is interrupted keeps what was measured."""
     for rate in args.rates:
         async with Clients(url, args) as clients:
             m = await clients.measure(burst, rate)
@@ -205,7 +205,24 @@ async def measure_server(url: str, burst: float, args: argparse.Namespace) -> li
             f"| {m.longest_wait_ms:.1f} | {m.answered} | {ttft} |",
             flush=True,
         )
-    return rows
+
+
+def measure(args: argparse.Namespace, flags: list[str], logs: Path, rows: list[Measurement]) -> None:
+    with ExitStack() as stack:
+        servers = []
+        for burst in args.bursts:
+            port = free_port()
+            ours = our_command(args.model_path, args.device, port, [*flags, f"--prefill-burst={burst:g}"])
+            log = logs / f"burst_{burst:g}.log"
+            servers.append(stack.enter_context(started(ours, port, our_environment(precompute=True), log)))
+        print(f"the servers' output is in {logs}")
+        titles = "burst s", "prompts/s", "ms a token", "with arrivals", "ratio", "longest wait ms", "answered"
+        print(f"| {' | '.join(titles)} | TTFT ms |")
+        print("|---" * 8 + "|", flush=True)
+        freeze_gc()  # a pause of this process would count as the server's
+        for burst, server in zip(args.bursts, servers):
+            server.wait_ready()
+            asyncio.run(measure_server(server.url, burst, args, rows))
 
 
 def plot(rows: list[Measurement], path: Path) -> None:
@@ -268,26 +285,15 @@ def main(argv: list[str] | None = None) -> int:
     flags = ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(args.steps)]
     flags += ["--chunked-prefill-size", str(args.chunk), "--disable-radix-cache", *args.server_flags]
     rows: list[Measurement] = []
-    with ExitStack() as stack:
-        servers = []
-        for burst in args.bursts:
-            port = free_port()
-            ours = our_command(args.model_path, args.device, port, [*flags, f"--prefill-burst={burst:g}"])
-            log = logs / f"burst_{burst:g}.log"
-            servers.append(stack.enter_context(started(ours, port, our_environment(precompute=True), log)))
-        print(f"the servers' output is in {logs}")
-        titles = "burst s", "prompts/s", "ms a token", "with arrivals", "ratio", "longest wait ms", "answered"
-        print(f"| {' | '.join(titles)} | TTFT ms |")
-        print("|---" * 8 + "|", flush=True)
-        freeze_gc()  # a pause of this process would count as the server's
-        for burst, server in zip(args.bursts, servers):
-            server.wait_ready()
-            rows += asyncio.run(measure_server(server.url, burst, args))
+    try:
+        measure(args, flags, logs, rows)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows]) + "\n", encoding="utf-8")
-    if args.plot:
+    if args.plot and rows:
         plot(rows, args.plot)
-    return 0
+    return 0 if len(rows) == len(args.bursts) * len(args.rates) else 1
 
 
 if __name__ == "__main__":
