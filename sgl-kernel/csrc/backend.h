@@ -21,6 +21,8 @@ struct GenerateParams;
 struct TableGrid;
 struct PagedMQAScheduleParams;
 struct DecodeInputsParams;
+struct TopkSlotsParams;
+struct TopkLevel;
 
 namespace backend {
 
@@ -49,6 +51,7 @@ void launch_copy(const ReplayCopyParams& params, const Stream& stream);
 void launch_generate(const GenerateParams& params, const TableGrid& grid, const Stream& stream);
 void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Stream& stream);
 void launch_decode_inputs(const DecodeInputsParams& params, const Stream& stream);
+void launch_topk_slots(const TopkSlotsParams& params, const TopkLevel& level, const Stream& stream);
 
 }  // namespace backend
 }  // namespace sgl_kernel

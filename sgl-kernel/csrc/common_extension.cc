@@ -45,6 +45,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
               "Tensor[] context_lens, Tensor(a!)[] schedules, int[] atoms, int segment, bool remainder_last, "
               "bool segment_major");
 
+  m.def(
+      "topk_slots(Tensor scores, Tensor page_table, Tensor? table_rows, Tensor lengths, Tensor(a!) slots, "
+      "int first_row, int rows_per_req, int width, int padding_slot) -> ()");
+
   m.def("metadata_replay_method() -> int");
   m.def("replay_copy_method() -> int");
 }
@@ -71,6 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("paged_mqa_schedule_plan", sgl_kernel::paged_mqa_schedule_plan);
   m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
   m.impl("paged_mqa_schedule_once", sgl_kernel::paged_mqa_schedule_once);
+  m.impl("topk_slots", sgl_kernel::topk_slots);
   m.impl("metadata_replay_method", sgl_kernel::metadata_replay_method);
   m.impl("replay_copy_method", sgl_kernel::replay_copy_method);
 }

@@ -12,7 +12,7 @@ namespace sgl_kernel {
 
 // Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another
 // number.
-constexpr int64_t kAbiVersion = 9;
+constexpr int64_t kAbiVersion = 10;
 
 using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 
@@ -58,6 +58,9 @@ BoxedOperator decode_inputs_once;
 BoxedOperator paged_mqa_schedule_plan;
 BoxedOperator paged_mqa_schedule_run;
 BoxedOperator paged_mqa_schedule_once;
+
+// The slots of each row's highest scores.
+BoxedOperator topk_slots;
 
 // A generation, a copy, or both, as a Python builtin: the address of its definition.
 BoxedOperator metadata_replay_method;

@@ -15,6 +15,7 @@ import test_nsa_metadata_generate as generate_tests  # noqa: E402
 import test_paged_mqa_schedule as schedule_tests  # noqa: E402
 import test_replay_copy as replay_tests  # noqa: E402
 import test_sglang_calls as sglang_tests  # noqa: E402
+import test_topk_slots as topk_tests  # noqa: E402
 import torch  # noqa: E402
 from arena import assert_same  # noqa: E402
 from copy_cases import CopyCase, CopyRig  # noqa: E402
@@ -62,6 +63,8 @@ def main() -> None:
         rows = torch.tensor([[n] * next_n for n in lens], dtype=torch.int32).view(len(lens), next_n)
         found = schedule_tests.run(rows.cuda(), num_sms, PagedMQASplit())
         assert found == schedule_tests.reference(rows.tolist(), num_sms, PagedMQASplit())
+    for topk_case in topk_tests.CASES + topk_tests.LONG_CASES:
+        topk_tests.Rig(topk_case, "cuda").check()
     torch.cuda.synchronize()
     print("all cases passed")
 

@@ -94,8 +94,16 @@ def inputs(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]
     return tokens, written[0], plan.run
 
 
+def topk(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    scores = torch.zeros(2, 8, device=device)
+    written = torch.zeros(2, 3, dtype=torch.int32, device=device)
+    table = torch.arange(16, dtype=torch.int32, device=device).view(2, 8)
+    lengths = torch.tensor([2, 7], dtype=torch.int32, device=device)
+    return scores, written, lambda: sgl_kernel.topk_slots(scores, table, None, lengths, written, width=8)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("setup", [copy, generate, schedule, sglang, replay, replay_call, inputs])
+@pytest.mark.parametrize("setup", [copy, generate, schedule, sglang, replay, replay_call, inputs, topk])
 def test_fullgraph(setup: Setup, backend: str, device: str) -> None:
     def outputs(compiled: bool) -> list[torch.Tensor]:
         source, written, call = setup(device)

@@ -22,6 +22,7 @@ CASES = [
     "test_replay_copy.py",
     "test_replays.py",
     "test_sglang_calls.py",
+    "test_topk_slots.py",
 ]
 ENVIRONMENT = os.environ | {"SGL_KERNEL_LIBRARY_DIR": str(LIBRARIES)}
 

@@ -64,16 +64,43 @@ void load_kernel(Kernel* kernel, const char* name) {
   check_cuda(status, name);
 }
 
-// Enqueues a kernel with its parameters. The status is that of this launch.
-template <typename... Params>
-void launch_kernel(void (*kernel)(Params...), const char* name, const backend::Stream& stream, uint32_t blocks,
-                   uint32_t threads, const std::remove_const_t<Params>&... params) {
+inline cudaLaunchConfig_t launch_config(const backend::Stream& stream, uint32_t blocks, uint32_t threads) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
   config.stream = static_cast<cudaStream_t>(stream.get());
+  return config;
+}
+
+// Enqueues a kernel with its parameters. The status is that of this launch.
+template <typename... Params>
+void launch_kernel(void (*kernel)(Params...), const char* name, const cudaLaunchConfig_t& config,
+                   const std::remove_const_t<Params>&... params) {
   const void* arguments[] = {&params...};
   check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), const_cast<void**>(arguments)), name);
+}
+
+template <typename... Params>
+void launch_kernel(void (*kernel)(Params...), const char* name, const backend::Stream& stream, uint32_t blocks,
+                   uint32_t threads, const std::remove_const_t<Params>&... params) {
+  launch_kernel(kernel, name, launch_config(stream, blocks, threads), params...);
+}
+
+// The same of a kernel that waits inside for all kernels before (`griddepcontrol.wait`): where the device can (Hopper
+// and later), it starts while they still run.
+template <typename... Params>
+void launch_dependent_kernel(void (*kernel)(Params...), const char* name, const backend::Stream& stream,
+                             uint32_t blocks, uint32_t threads, const std::remove_const_t<Params>&... params) {
+  int device = 0, major = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the architecture");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = launch_config(stream, blocks, threads);
+  config.attrs = &attribute;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  launch_kernel(kernel, name, config, params...);
 }
 
 }  // namespace sgl_kernel

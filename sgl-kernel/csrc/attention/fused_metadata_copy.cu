@@ -10,6 +10,7 @@ namespace sgl_kernel {
 void load_decode_inputs_kernel();       // decode_inputs.cu
 void load_generate_kernels();           // nsa_metadata_generate.cu
 void load_paged_mqa_schedule_kernel();  // paged_mqa_schedule.cu
+void load_topk_slots_kernels();         // topk_slots.cu
 
 namespace {
 
@@ -47,6 +48,7 @@ void prepare(int32_t device_index) {
   load_decode_inputs_kernel();
   load_generate_kernels();
   load_paged_mqa_schedule_kernel();
+  load_topk_slots_kernels();
   if (known) loaded[device_index].store(true, std::memory_order_release);
 }
 

@@ -5,11 +5,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
+#include <vector>
 
 #include "attention/decode_inputs.cuh"
 #include "attention/fused_metadata_copy.cuh"
 #include "attention/nsa_metadata_generate.h"
 #include "attention/paged_mqa_schedule.cuh"
+#include "attention/topk_slots.h"
 
 namespace sgl_kernel {
 namespace {
@@ -78,6 +81,36 @@ void write_schedule(const PagedMQAScheduleParams& p, const PagedMQASchedule& sch
   }
 }
 
+// The topk best positions of a piece that has more, ascending.
+std::vector<int32_t> best_positions(const TopkPiece& piece, int32_t topk) {
+  std::vector<int32_t> positions(piece.count);
+  std::iota(positions.begin(), positions.end(), 0);
+  const auto better = [&](int32_t a, int32_t b) {
+    const uint32_t key_a = descending_key(piece.scores[a]), key_b = descending_key(piece.scores[b]);
+    return key_a != key_b ? key_a < key_b : a < b;
+  };
+  std::nth_element(positions.begin(), positions.begin() + topk, positions.end(), better);
+  positions.resize(topk);
+  std::sort(positions.begin(), positions.end());
+  return positions;
+}
+
+void select_piece(const TopkSlotsParams& p, const TopkPiece& piece) {
+  std::vector<int32_t> positions(std::min(piece.count, p.topk));
+  if (piece.count > p.topk) {
+    positions = best_positions(piece, p.topk);
+  } else {
+    std::iota(positions.begin(), positions.end(), 0);
+  }
+  int32_t* slot = piece.slots;
+  uint32_t* score = piece.best_scores;
+  for (int32_t position : positions) {
+    *slot++ = piece.table[position];
+    if (score != nullptr) *score++ = piece.scores[position];
+  }
+  if (score == nullptr) std::fill(slot, piece.slots + p.topk, p.padding_slot);
+}
+
 template <typename Params>
 void copy(const Params& params) {
   for (uint32_t r = 0; r < params.num_regions; ++r) {
@@ -117,6 +150,13 @@ void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Strea
 
 void launch_decode_inputs(const DecodeInputsParams& params, const Stream&) {
   for (int32_t i = 0; i < params.bs; ++i) write_decode_inputs(params, i);
+}
+
+void launch_topk_slots(const TopkSlotsParams& params, const TopkLevel& level, const Stream&) {
+  TopkPiece piece;
+  for (int32_t block = 0; block < params.rows * level.pieces; ++block) {
+    if (find_piece(params, level, block, piece)) select_piece(params, piece);
+  }
 }
 
 }  // namespace backend

@@ -22,6 +22,7 @@ from .paged_mqa_schedule import (
 )
 from .replay_copy import ReplayCopyPlan, ReplayField, fused_copy_replay_data
 from .replays import bind_copy, bind_generate, bind_generate_and_copy, bind_replay_copy
+from .topk_slots import topk_slots
 
 __all__ = [
     "ABI_VERSION",
@@ -46,4 +47,5 @@ __all__ = [
     "fused_metadata_copy_cuda",
     "fused_metadata_copy_multi_cuda",
     "load_error",
+    "topk_slots",
 ]

@@ -10,6 +10,7 @@
 #include "attention/fused_metadata_copy.cuh"
 #include "attention/nsa_metadata_generate.cuh"
 #include "attention/paged_mqa_schedule.cuh"
+#include "attention/topk_slots.cuh"
 // clang-format on
 
 namespace sgl_kernel {
@@ -49,6 +50,11 @@ void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Strea
 void launch_decode_inputs(const DecodeInputsParams& params, const Stream&) {
   const uint32_t blocks = (static_cast<uint32_t>(params.bs) + kBlockThreads - 1) / kBlockThreads;
   emulation::block.launch(blocks, kBlockThreads, [&] { decode_inputs_kernel(params); });
+}
+
+void launch_topk_slots(const TopkSlotsParams& params, const TopkLevel& level, const Stream&) {
+  emulation::block.launch(static_cast<uint32_t>(params.rows * level.pieces), level.block.threads,
+                          [&] { topk_slots_kernel_of(level.block)(params, level); });
 }
 
 }  // namespace backend

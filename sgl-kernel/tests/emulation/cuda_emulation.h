@@ -12,8 +12,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <numeric>
-#include <vector>
 
 #define __CUDACC__ 1
 #define __host__
@@ -36,11 +36,12 @@ struct Index {
   uint32_t x;
 };
 static Index threadIdx, blockIdx, gridDim;
+using std::max;
 using std::min;
 
 namespace emulation {
 
-constexpr int kMaxThreads = 256, kWarp = 32, kStackBytes = 1 << 16;
+constexpr int kMaxThreads = 1024, kWarp = 32, kStackBytes = 1 << 16;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulated kernel: %s\n", what);
@@ -90,7 +91,7 @@ class Block {
   void start(int thread) {
     ucontext_t fiber;
     getcontext(&fiber);
-    fiber.uc_stack.ss_sp = stacks_.data() + thread * kStackBytes;
+    fiber.uc_stack.ss_sp = stacks_.get() + static_cast<size_t>(thread) * kStackBytes;
     fiber.uc_stack.ss_size = kStackBytes;
     makecontext(&fiber, run_kernels, 0);
     current_ = thread;
@@ -108,7 +109,7 @@ class Block {
   std::function<void()> kernel_;
   ucontext_t starter_;
   jmp_buf launcher_, fibers_[kMaxThreads];
-  std::vector<char> stacks_ = std::vector<char>(static_cast<size_t>(kMaxThreads) * kStackBytes);
+  std::unique_ptr<char[]> stacks_{new char[static_cast<size_t>(kMaxThreads) * kStackBytes]};  // untouched memory
   uint64_t values_[2][kMaxThreads];
   int started_ = 0, threads_ = 0, current_ = 0, finished_ = 0;
   uint32_t round_ = 0;
@@ -154,6 +155,22 @@ inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {
     const uint64_t* const warp = values + (me - me % emulation::kWarp);
     return std::accumulate(warp, warp + emulation::kWarp, uint64_t{0});
   }));
+}
+
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
+
+template <typename Choose>
+uint32_t reduce_warp(uint32_t value, Choose choose) {
+  return static_cast<uint32_t>(emulation::block.exchange(value, [&](int me, const uint64_t* values) {
+    const uint64_t* const warp = values + (me - me % emulation::kWarp);
+    return *choose(warp, warp + emulation::kWarp);
+  }));
+}
+inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
+  return reduce_warp(value, [](auto first, auto last) { return std::min_element(first, last); });
+}
+inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+  return reduce_warp(value, [](auto first, auto last) { return std::max_element(first, last); });
 }
 
 inline int32_t __reduce_max_sync(unsigned, int32_t value) {

@@ -1,0 +1,156 @@
+// topk_slots: the checks, and as many launches as the width needs. Nothing is read from the device.
+#include "attention/topk_slots.h"
+
+#include <limits>
+#include <string>
+
+#include "overlap.h"
+#include "sgl_kernel_ops.h"
+#include "stack.h"
+#include "tensor_view.h"
+
+namespace sgl_kernel {
+namespace {
+
+constexpr const char* kOp = "topk_slots";
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+constexpr int64_t kVectorBytes = 16;  // that are read at once
+constexpr int64_t kManyRows = 128;    // fill the device in smaller blocks; fewer should be fast each
+
+enum Argument { kScores, kPageTable, kTableRows, kLengths, kSlots, kNumTensors };
+constexpr const char* kNames[kNumTensors] = {"scores", "page_table", "table_rows", "lengths", "slots"};
+
+void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value < least || value > most) {
+    reject(kOp, {name}, std::to_string(least) + " .. " + std::to_string(most), value);
+  }
+}
+
+void check_scores(const TensorView& scores) {
+  if (reinterpret_cast<uintptr_t>(scores.data) % kVectorBytes == 0 && scores.row_stride * 4 % kVectorBytes == 0) return;
+  reject(kOp, scores.name, "rows that begin at multiples of 16 bytes",
+         "an address of " + std::to_string(reinterpret_cast<uintptr_t>(scores.data) % kVectorBytes) +
+             " modulo 16, a row stride of " + std::to_string(scores.row_stride));
+}
+
+struct Call {
+  TensorView views[kNumTensors];
+  int32_t device_index;
+  TopkSlotsParams params{};
+};
+
+// Checks all arguments, and packs them.
+Call make_call(const TensorHandle (&tensors)[kNumTensors], int64_t first_row, int64_t rows_per_req, int64_t width,
+               int64_t padding_slot) {
+  Call call;
+  for (int k = 0; k < kNumTensors; ++k) {
+    if (tensors[k] != nullptr) call.views[k] = view_tensor(tensors[k].get(), {kNames[k]});
+  }
+  TensorView &scores = call.views[kScores], &table = call.views[kPageTable], &owners = call.views[kTableRows],
+             &lengths = call.views[kLengths], &slots = call.views[kSlots];
+  const int32_t device = call.device_index = scores.device_index, ints = aoti_torch_dtype_int32();
+  const int64_t rows = slots.rows, topk = slots.cols;
+  check_range("first_row", first_row, 0, kMost);
+  check_range("rows_per_req", rows_per_req, 1, kMost);
+  check_range("width", width, 0, kMost / 2);
+  check_range("padding_slot", padding_slot, std::numeric_limits<int32_t>::min(), kMost);
+  check_tensor(kOp, slots, {device, ints, 2, 0, 1, /*written=*/true});
+  check_range("topk", topk, 1, kMaxTopk);
+  check_tensor(kOp, scores, {device, aoti_torch_dtype_float32(), 2, rows, width});
+  check_scores(scores);
+  const bool shared = owners.handle != nullptr;
+  check_tensor(kOp, table, {device, ints, 2, shared ? 0 : rows, width});
+  if (shared) {
+    check_device(kOp, owners, device);
+    if (owners.dtype != ints && owners.dtype != aoti_torch_dtype_int64()) {
+      reject(kOp, owners.name, "int32 or int64", dtype_name(owners.dtype));
+    }
+    check_tensor(kOp, owners, {device, owners.dtype, 1, 1, rows == 0 ? 0 : (first_row + rows - 1) / rows_per_req + 1});
+  }
+  check_tensor(kOp, lengths, {device, ints, 1, 1, rows});
+
+  Access accesses[kNumTensors];
+  for (int k = 0; k < kNumTensors; ++k) {
+    const TensorView& view = call.views[k];
+    accesses[k] = {{view.data, view.handle == nullptr ? 0 : view.rows, view.cols * view.element_size,
+                    view.row_stride * view.element_size},
+                   &view,
+                   k == kSlots,
+                   k};
+  }
+  check_apart(kOp, accesses, accesses + kNumTensors, "input");
+
+  const auto int_data = [](const TensorView& view) { return reinterpret_cast<int32_t*>(view.data); };
+  TopkSlotsParams& p = call.params;
+  p.scores = reinterpret_cast<const uint32_t*>(scores.data), p.scores_stride = scores.row_stride;
+  p.page_table = int_data(table), p.table_stride = table.row_stride;
+  p.table_rows = owners.data, p.wide_table_rows = owners.element_size == 8;
+  p.lengths = int_data(lengths);
+  p.slots = int_data(slots), p.slots_stride = slots.row_stride;
+  p.first_row = first_row, p.rows_per_req = static_cast<int32_t>(rows_per_req);
+  p.rows = static_cast<int32_t>(rows), p.width = static_cast<int32_t>(width), p.topk = static_cast<int32_t>(topk);
+  p.padding_slot = static_cast<int32_t>(padding_slot);
+  return call;
+}
+
+// Scores and slots of candidates: [2, rows, stride], the same dtype for both, on the scores' device.
+TensorHandle empty_candidates(const Call& call, int64_t stride) {
+  const int64_t sizes[] = {2, call.params.rows, stride}, strides[] = {call.params.rows * stride, stride, 1};
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(3, sizes, strides, aoti_torch_dtype_int32(), backend::device_type(), call.device_index,
+                               &handle) != 0) {
+    throw std::runtime_error("topk_slots: no memory for the candidates of rows of " +
+                             std::to_string(call.params.width));
+  }
+  return TensorHandle(handle);
+}
+
+// The smallest block that holds a row. Where none does, many rows have smaller ones, of which an SM has several; as
+// measured (docs/results/2026-11-21-h200-prefill).
+TopkBlock choose_block(int64_t rows, int64_t width) {
+  for (const TopkBlock& block : kTopkBlocks) {
+    if (width <= block.keys()) return block;
+  }
+  return rows < kManyRows ? kTopkBlocks[2] : kTopkBlocks[1];
+}
+
+// One launch after the other, until a row as wide as can be fits a block.
+void run(const Call& call) {
+  const TopkSlotsParams& p = call.params;
+  if (p.rows == 0) return;
+  backend::prepare(call.device_index);
+  const backend::Stream stream(call.device_index);
+  TopkLevel level{};
+  level.scores = p.scores, level.stride = p.scores_stride, level.block = choose_block(p.rows, p.width);
+  const int32_t piece = level.block.keys();
+  TensorHandle read, written;
+  for (int32_t width = p.width;; ++level.launches_before) {
+    level.pieces = width <= piece ? 1 : (width - 1) / piece + 1;
+    if (level.pieces > kMost / p.rows) reject(kOp, {"width"}, "fewer pieces of rows than 2^31", width);
+    if (level.pieces > 1) {
+      width = num_candidates(width, piece, p.topk);
+      level.candidate_stride = (width + 3) / 4 * 4;  // whole vectors
+      written = empty_candidates(call, level.candidate_stride);
+      void* data = nullptr;
+      check_shim(aoti_torch_get_data_ptr(written.get(), &data), "a data pointer");
+      level.candidate_scores = static_cast<uint32_t*>(data);
+      level.candidate_slots = static_cast<int32_t*>(data) + p.rows * level.candidate_stride;
+    }
+    backend::launch_topk_slots(p, level, stream);
+    if (level.pieces == 1) return;
+    level.scores = level.candidate_scores, level.slots = level.candidate_slots, level.stride = level.candidate_stride;
+    read = std::move(written);  // lives until it has been read
+  }
+}
+
+}  // namespace
+
+void topk_slots(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorHandle tensors[kNumTensors] = {take_tensor(stack[0]), take_tensor(stack[1]),
+                                             take_optional_tensor(stack[2]), take_tensor(stack[3]),
+                                             take_tensor(stack[4])};
+  run(make_call(tensors, take<int64_t>(stack[5]), take<int64_t>(stack[6]), take<int64_t>(stack[7]),
+                take<int64_t>(stack[8])));
+}
+
+}  // namespace sgl_kernel
