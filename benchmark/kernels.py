@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 LATENT, ROPE = 512, 64
 CHECKED_ROWS = 8
+KERNELS = ("attention", "index", "experts")  # methods of Bench
 PEAK_SIZES = {"cuda": (8192, 1 << 28), "cpu": (256, 1 << 18)}  # side of the matrices, floats that are read
 
 
@@ -53,7 +54,11 @@ SIZES = {
     "cuda": Sizes(
         *(128, 2048, 64, 128, 2048, 512, 7000),
         attention=(*product((1, 5, 16, 40, 160), (600, 2048)), (1024, 2048)),
-        index=((7000, 7000, 0), (5, 7000, 5), (40, 7000, 5), (160, 3000, 5), (5, 12000, 5)),
+        index=(
+            *((7000, 7000, 0), (1024, 32768, 0)),
+            *product((5, 40), (7000, 30000, 131072), (5,)),
+            *((160, 3000, 5), (160, 30000, 5)),
+        ),
         experts=((8, 2), (256, 8)),
         expert_rows=(1, 5, 40, 160, 7000),
     ),
@@ -114,10 +119,9 @@ class Bench:
         speeds = work.flops / us / 1e6, work.bytes / us / 1e3
         return Measurement(kernel, case, name, us, floor, us / floor, *speeds, error)
 
-    def run(self) -> Iterator[Measurement]:
-        yield from self.attention()
-        yield from self.index()
-        yield from self.experts()
+    def run(self, kernels: Iterable[str]) -> Iterator[Measurement]:
+        for name in kernels:
+            yield from getattr(self, name)()
 
     # ---- sparse MLA
 
@@ -170,49 +174,56 @@ class Bench:
 
     def index(self) -> Iterator[Measurement]:
         size = self.sizes
-        keys = self.normal(2 * size.context, size.index_dim)
         for rows, context, per_request in size.index:
             q = self.normal(rows, size.index_heads, size.index_dim)
             weights = torch.rand((rows, size.index_heads), generator=self.generator, device=self.device)
             requests = rows // per_request if per_request else 1
-            table = torch.arange(1, context + 1, dtype=torch.int32, device=self.device).repeat(requests, 1)
+            keys = self.normal(requests * context + 1, size.index_dim)
+            table = torch.arange(1, len(keys), dtype=torch.int32, device=self.device).view(requests, context)
             if per_request:
                 lengths = torch.full((rows,), context, dtype=torch.int32, device=self.device)
                 table_rows = torch.arange(requests, device=self.device)
             else:
                 lengths = torch.arange(context - rows, context, dtype=torch.int32, device=self.device) + 1
                 table_rows = torch.zeros(rows, dtype=torch.int64, device=self.device)
-            run = partial(
-                self.select_topk(),
-                *(q, weights, keys, table, table_rows, lengths, size.topk, context),
-                rows_per_req=per_request or None,
-            )
             last = slice(rows - min(rows, CHECKED_ROWS), rows)
-            owners = torch.full((last.stop - last.start,), requests - 1, device=self.device)
+            owners = table_rows.repeat_interleave(per_request or 1)[last]
             expected = indexer.select_topk(
                 q[last], weights[last], keys, table, owners, lengths[last], size.topk, context
             )
-            differing = [
-                len(set(a.tolist()) ^ set(b.tolist())) / 2 for a, b in zip(run()[last], expected)
-            ]  # of equal scores but for the last bit, either may be taken
-            error = sum(differing) / (len(differing) * size.topk)
             pairs = int(lengths[lengths > size.topk].sum())  # rows with fewer keys take them all
             inputs = sum(t.numel() * t.element_size() for t in (q, weights))
             inputs += requests * context * size.index_dim * keys.element_size()
             scores = Work(2 * pairs * size.index_heads * size.index_dim, inputs + 4 * pairs)
             picked = 4 * int(lengths.clamp(max=size.topk).sum())  # of the page table
             topk = Work(bytes=4 * pairs + picked + 4 * rows * size.topk)
-            for name, us in self.time_kernels(run).items():
-                work = topk if "topk" in name else scores
-                case = f"{rows} rows of {context} keys"
-                yield self.measurement("index", case, name, us, work, error)
+            case, seen = f"{rows} rows of {context} keys", set()
+            for select_topk in self.implementations_of_index():
+                run = partial(
+                    select_topk,
+                    *(q, weights, keys, table, table_rows, lengths, size.topk, context),
+                    rows_per_req=per_request or None,
+                )
+                differing = [
+                    len(set(a.tolist()) ^ set(b.tolist())) / 2 for a, b in zip(run()[last], expected)
+                ]  # of equal scores but for the last bit, either may be taken
+                error = sum(differing) / (len(differing) * size.topk)
+                for name, us in self.time_kernels(run).items():
+                    if name not in seen:
+                        seen.add(name)
+                        work = topk if "topk" in name else scores
+                        yield self.measurement("index", case, name, us, work, error)
 
-    def select_topk(self) -> Callable[..., torch.Tensor]:
+    def implementations_of_index(self) -> Iterator[Callable[..., torch.Tensor]]:
+        """On CUDA with the kernel library's top-k, where it is there, and with Triton's."""
         if self.device.type == "cpu":
-            return indexer.select_topk
-        from sglang.srt.layers.attention.nsa import indexer_triton
+            yield indexer.select_topk
+            return
+        from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
+        from sglang.srt.layers.attention.registry import triton_indexer
 
-        return indexer_triton.select_topk
+        yield triton_indexer(self.device)
+        yield select_topk
 
     # ---- routed experts
 
@@ -328,6 +339,7 @@ def torch_grouped(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -340,7 +352,7 @@ def main() -> int:
         + "|"
     )
     results = []
-    for result in bench.run():
+    for result in bench.run(args.kernels):
         results.append(asdict(result))
         print(result, flush=True)
     if args.json:

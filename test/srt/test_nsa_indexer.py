@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from nsa_implementations import (
+    DEVICE,
     IMPLEMENTATIONS,
+    INTERPRETED,
     SelectCase,
     SelectInputs,
     implementation,
@@ -52,11 +55,11 @@ def plain_select(inputs: SelectInputs, topk: int) -> torch.Tensor:
     return out
 
 
-def check_select(case: SelectCase, name: str) -> None:
+def check_select(case: SelectCase, name: str, select_topk: Callable[..., torch.Tensor] | None = None) -> None:
     ops = implementation(name, case.dtype)
     inputs = select_inputs(case)
     for width in {max([1, *case.lengths]), case.columns}:
-        slots = ops.select_topk(*inputs.on(ops.device), case.topk, width)
+        slots = (select_topk or ops.select_topk)(*inputs.on(ops.device), case.topk, width)
         assert slots.dtype == torch.int32
         assert torch.equal(slots.cpu(), plain_select(inputs, case.topk))
 
@@ -65,6 +68,39 @@ def check_select(case: SelectCase, name: str) -> None:
 @pytest.mark.parametrize("case", SELECT_CASES, ids=lambda case: case.name)
 def test_select_topk(case: SelectCase, name: str) -> None:
     check_select(case, name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS[-1:])
+@pytest.mark.parametrize(
+    "case",
+    [*SELECT_CASES, *(pytest.param(case, marks=pytest.mark.gpu) for case in LARGE_SELECT_CASES)],
+    ids=lambda case: case.name,
+)
+def test_select_topk_with_the_kernel_library(case: SelectCase, name: str) -> None:
+    """What a server selects with: Triton's scores, and the library's top-k."""
+    from sglang.srt.layers.attention.registry import triton_indexer
+
+    select_topk = triton_indexer(torch.device(DEVICE[name]))
+    assert select_topk is not implementation(name).select_topk
+    if INTERPRETED and case in LARGE_SELECT_CASES:
+        pytest.skip("too large for Triton's interpreter")
+    check_select(case, name, select_topk)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS[-1:])
+def test_without_the_kernel_library_the_topk_is_tritons(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sglang.srt.layers.attention import registry
+    from sglang.srt.layers.attention.nsa import kernels
+
+    def missing(device_type: str) -> None:
+        raise ImportError(f"no library for {device_type}")
+
+    monkeypatch.setattr(kernels, "load_kernels", missing)
+    select_topk = registry.triton_indexer.__wrapped__(torch.device(DEVICE[name]))
+    assert select_topk is implementation(name).select_topk
+    assert f"no library for {DEVICE[name]}" in caplog.text
 
 
 @dataclass(frozen=True)
@@ -148,7 +184,7 @@ def test_select_topk_in_chunks_of_rows(name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("tile", [32, 128])
 def test_select_topk_of_rows_that_fit_no_tile(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths around a tile and its half: of those above it the k-th score is found another way."""
-    from sglang.srt.layers.attention.nsa.indexer_triton import TopkTile
+    from sglang.srt.layers.attention.nsa.topk_triton import TopkTile
 
     monkeypatch.setattr(TopkTile, "choose", classmethod(lambda cls, rows: cls(tile, block=64, warps=4)))
     lengths = [17, tile // 2, tile // 2 + 1, tile - 1, tile, tile + 1, 300]

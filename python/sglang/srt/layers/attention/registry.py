@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -59,21 +60,32 @@ def _torch_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttent
     return SparseAttentionOps("torch", select_topk, _without_state(sparse_mla), dense_mla=dense_mla)
 
 
-def _triton_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
+@functools.cache
+def triton_indexer(device: torch.device) -> Callable[..., torch.Tensor]:
+    """`select_topk` with the kernel library's top-k, or with Triton's where the library is missing."""
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
+    from sglang.srt.layers.attention.nsa.kernels import load_kernels
+
+    try:
+        topk_slots = load_kernels(device.type).topk_slots
+    except ImportError as reason:
+        logger.warning("the indexer's top-k is Triton's, which is slower: %s", reason)
+        return select_topk
+    return functools.partial(select_topk, topk_slots=topk_slots)
+
+
+def _triton_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
     from sglang.srt.layers.attention.nsa.sparse_mla_triton import sparse_mla
 
-    return SparseAttentionOps("triton", select_topk, _without_state(sparse_mla))
+    return SparseAttentionOps("triton", triton_indexer(device), _without_state(sparse_mla))
 
 
 def _flashinfer_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
     from sglang.srt.layers.attention.sparse_mla_flashinfer import FlashInferSparseMLA
 
     attention = FlashInferSparseMLA(dims, device)
-    from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
-
     return SparseAttentionOps(
-        "flashinfer", select_topk, attention.sparse_mla, attention.prepare, attention.padding_slot
+        "flashinfer", triton_indexer(device), attention.sparse_mla, attention.prepare, attention.padding_slot
     )
 
 
@@ -83,19 +95,17 @@ def _flashmla_sparse_ops(dims: AttentionDims | None, device: torch.device) -> Sp
     attention = FlashMLASparse(dims)
     if torch.cuda.is_available():
         attention.check_runs(device)
-    from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
-
-    return SparseAttentionOps("flashmla_sparse", select_topk, attention.sparse_mla, attention.prepare)
+    return SparseAttentionOps(
+        "flashmla_sparse", triton_indexer(device), attention.sparse_mla, attention.prepare
+    )
 
 
 def _flashmla_kv_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:
     from sglang.srt.layers.attention.sparse_mla_flashmla import FlashMLAKV
 
     attention = FlashMLAKV(dims, device)
-    from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
-
     return SparseAttentionOps(
-        "flashmla_kv", select_topk, attention.sparse_mla, attention.prepare, fixed_topk=True
+        "flashmla_kv", triton_indexer(device), attention.sparse_mla, attention.prepare, fixed_topk=True
     )
 
 
