@@ -59,6 +59,7 @@ def compile_in_passes() -> None:
     triton.knobs.compilation.listener = lambda *, src, **others: kernels.append(src.name)
     options = {"device": "cuda", "dtype": "bfloat16", "context_length": 4096, "chunked_prefill_size": 2048}
     options |= {"max_running_requests": 32, "cuda_graph_max_bs": 4, "max_total_tokens": 16384}
+    options["skip_server_warmup"] = False
     worker = make_worker(MODEL, **options, **speculative(4))
     assert kernels, "Triton tells of nothing"
     kernels.clear()

@@ -17,6 +17,7 @@ from sglang.srt.server_args import ServerArgs
 
 def make_worker(model: Path, **args: Any) -> TpModelWorker:
     options = {"max_running_requests": 8, "max_total_tokens": 8192, "device": "cpu", "context_length": 512}
+    options["skip_server_warmup"] = True
     return create_worker(ServerArgs(model_path=str(model), **(options | args)))
 
 
