@@ -34,9 +34,11 @@ from server_fixture import (
 from sglang.srt.entrypoints.http_process import listen
 from sglang.srt.server_args import ServerArgs
 
-TIMEOUTS = {  # s
-    "sglang.srt.entrypoints.connection.BoundedProtocol.header_timeout": 4.0,
-    "sglang.srt.managers.tokenizer_manager.SILENCE_TIMEOUT": 2.5,
+LIMITS = {  # soon reached
+    "sglang.srt.entrypoints.connection.BoundedProtocol.header_timeout": 4.0,  # s
+    "sglang.srt.managers.tokenizer_manager.SILENCE_TIMEOUT": 2.5,  # s
+    "sglang.srt.managers.tokenizer_manager.MAX_HELD_TOKENS": 1000,
+    "sglang.srt.managers.tokenizer_manager.MAX_HELD_SEQUENCES": 8,
 }
 LONG = {"text": "x", "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
 
@@ -225,12 +227,13 @@ def test_strangers_and_the_end(dummy_model: Path, tmp_path: Path) -> None:
     """What is done to one server, in order; the last is its end."""
     folder = tmp_path / "tmp"
     folder.mkdir()
-    options = {"constants": TIMEOUTS, "TMPDIR": str(folder)}
+    options = {"constants": LIMITS, "TMPDIR": str(folder)}
     with launch(dummy_model, tmp_path / "log", "--host", "::1", **options) as server:
         size = server.log.stat().st_size
         with half_sent_headers(server):
             check_cut_bodies(server)
             check_stopped_scheduler(server)
+            check_no_room(server)
         assert server.log.stat().st_size - size < 2000
         check_drain(server)
 
@@ -289,6 +292,21 @@ def check_stopped_scheduler(server: RunningServer) -> None:
         while client.get("/health").status_code != 200:
             assert time.monotonic() < deadline, "/health does not recover"
             time.sleep(0.1)
+
+
+def check_no_room(server: RunningServer) -> None:
+    """Bug: as much waited as clients sent, whatever the memory."""
+    waits = {"sampling_params": {"max_new_tokens": 1500, "ignore_eos": True, "n": 3}, "stream": True}
+    with server.client() as client:
+        with client.stream("POST", "/generate", json=waits | {"input_ids": [5] * 300}) as response:
+            lines = response.iter_lines()
+            next(lines)  # 900 tokens and 3 sequences are held
+            for prompts, what in (([[5] * 200], "prompt tokens"), ([[5]] * 6, "sequences")):
+                refused = client.post("/generate", json={"input_ids": prompts})
+                assert refused.status_code == 503 and f" {what} run or wait" in refused.text
+        server.wait_state(num_running_reqs=0)
+        body = {"input_ids": [[5] * 500] * 3, "sampling_params": {"max_new_tokens": 1}}
+        assert client.post("/generate", json=body).status_code == 200  # alone it has room
 
 
 def check_drain(server: RunningServer) -> None:

@@ -54,6 +54,8 @@ CONTROL_TIMEOUT = 60.0  # seconds; the scheduler answers between two steps
 STATE_TIMEOUT = 5.0
 SILENCE_TIMEOUT = 5.0  # seconds without a sign of life from the scheduler
 MAX_TOKEN_TEXTS = 1 << 17
+MAX_HELD_TOKENS = 1 << 24  # of the prompts of all that runs or waits: up to a gigabyte in both processes
+MAX_HELD_SEQUENCES = 1 << 16
 RID_TIMEOUT = 1.0  # seconds; a client that comes back may be faster than the end of its old connection
 
 
@@ -75,6 +77,7 @@ class TokenizerManager:
         self._heard_at = time.monotonic()  # the scheduler's last sign of life
         self._last_state: dict[str, Any] = {}
         self._running: dict[str, SequenceState] = {}  # by the server's own rid
+        self._held_tokens = 0  # of their prompts
         self._named: defaultdict[str, set[str]] = defaultdict(set)  # a client's rid -> the server's
         self._answers: dict[str, asyncio.Future[Any]] = {}
         self._ready: asyncio.Future[SchedulerReady] = asyncio.get_running_loop().create_future()
@@ -149,6 +152,7 @@ class TokenizerManager:
         self._check_alive()
         if self.draining is not None:
             raise self.draining
+        self._check_room(requests)
         events: asyncio.Queue[Any] = asyncio.Queue()
         states = [
             SequenceState(
@@ -167,8 +171,20 @@ class TokenizerManager:
             self._running[state.request.rid] = state
             for name in state.names:
                 self._named[name].add(state.request.rid)
+            self._held_tokens += len(state.request.input_ids)
             self.metrics.prompt_tokens.inc(len(state.request.input_ids))
         return Generation(self, states)
+
+    def _check_room(self, requests: Sequence[TokenizedGenerateReqInput]) -> None:
+        """Whatever the clients send, what waits here fits into memory. Raises RequestError (503)."""
+        tokens = sum(len(request.input_ids) for request in requests)
+        for held, new, most, what in (
+            (self._held_tokens, tokens, MAX_HELD_TOKENS, "prompt tokens"),
+            (len(self._running), len(requests), MAX_HELD_SEQUENCES, "sequences"),
+        ):
+            if held and held + new > most:
+                message = f"{held} {what} run or wait: there is no room for {new} more, at most {most}"
+                raise RequestError(503, message)
 
     async def _wait_for_names(self, names: set[str]) -> None:
         deadline = time.monotonic() + RID_TIMEOUT
@@ -206,6 +222,7 @@ class TokenizerManager:
 
     def _forget(self, rid: str) -> SequenceState:
         state = self._running.pop(rid)
+        self._held_tokens -= len(state.request.input_ids)
         for name in state.names:
             self._named[name].discard(rid)
             if not self._named[name]:
