@@ -165,7 +165,7 @@ def select_topk(
         return slots
     if width == 0:
         return slots.fill_(padding_slot)
-    step = max(1, CHUNK_ELEMENTS // width)
+    step = max(1, CHUNK_ELEMENTS // width // 4 * 4)  # lengths [step:] are aligned: Triton compiles for either
     scores = torch.empty((min(rows, step), -(-width // 16) * 16), dtype=torch.float32, device=q_index.device)
     # Rows of a request share a program's keys; where rows are few, more programs count for more.
     shared = table_rows is not None
