@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,21 @@ def test_an_engine_wide_error_is_not_swallowed() -> None:
     harness.worker.prefill = lambda chunks: 1 / 0
     with pytest.raises(ZeroDivisionError):
         harness.step()
+
+
+def test_many_that_wait_are_aborted_at_once() -> None:
+    """Bug: each was looked for among all that wait: a client that left 65,536 sequences stopped the others'
+    decoding for half a minute."""
+    harness = Harness(HistoryWorker(max_running_requests=1))
+    harness.send(prompt_of(4), max_new_tokens=60)
+    waiting = [harness.send([5]) for _ in range(20_000)]
+    harness.step()
+    harness.link.inbox.append(AbortReq(waiting[10_000:] + waiting[-1:]))
+    start = time.process_time()
+    harness.step()
+    assert time.process_time() - start < 1.0
+    assert [req.rid for req in harness.scheduler.queue.waiting] == waiting[:10_000]
+    assert harness.results[waiting[-1]].finish_reason["type"] == "abort"
 
 
 def test_aborts_wherever_a_request_is() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from sglang.srt.managers.schedule_batch import PrefillChunk, Req
 from sglang.srt.mem_cache.radix_cache import TreeNode
@@ -73,6 +73,13 @@ class PrefillQueue:
             chunks.append(chunk)
         self.waiting.extendleft(reversed(shared))
         return chunks
+
+    def remove(self, reqs: Set[Req]) -> None:
+        """Takes out what waits. One is usually the first; of many each would be looked for among all."""
+        if len(reqs) == 1:
+            self.waiting.remove(*reqs)
+        elif reqs:
+            self.waiting = deque(req for req in self.waiting if req not in reqs)
 
     def next_page(self, req: Req) -> PageKey | None:
         """The first full page of a request that the cache does not have; None: it would not look for one."""

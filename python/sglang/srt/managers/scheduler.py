@@ -207,9 +207,10 @@ class Scheduler:
 
     def abort_request(self, message: AbortReq) -> None:
         """Ends requests as they stand; one that is not there has finished."""
-        for rid in message.rids:
-            if req := self.requests.get(rid):
-                self.finish(req, {"type": "abort", "message": "aborted on request"})
+        reqs = [self.requests[rid] for rid in dict.fromkeys(message.rids) if rid in self.requests]
+        self.queue.remove({req for req in reqs if req.req_pool_idx is None})
+        for req in reqs:
+            self.end(req, {"type": "abort", "message": "aborted on request"})
 
     def flush_cache(self, message: FlushCacheReqInput) -> None:
         if self.is_idle:
@@ -333,11 +334,16 @@ class Scheduler:
         self.finish(req, {"type": "abort", "message": f"internal error: {error}", "status_code": 500})
 
     def finish(self, req: Req, reason: dict[str, Any]) -> None:
+        if req.req_pool_idx is None:
+            self.queue.remove({req})
+        self.end(req, reason)
+
+    def end(self, req: Req, reason: dict[str, Any]) -> None:
+        """Of a request that does not wait."""
         req.finish_reason = reason
         self.outputs.append(req.next_output())
         del self.requests[req.rid]
         if req.req_pool_idx is None:
-            self.queue.waiting.remove(req)
             return
         if req is self.queue.partial:
             self.queue.partial = None
