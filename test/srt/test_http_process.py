@@ -296,11 +296,13 @@ def check_stopped_scheduler(server: RunningServer) -> None:
 
 def check_no_room(server: RunningServer) -> None:
     """Bug: as much waited as clients sent, whatever the memory."""
-    waits = {"sampling_params": {"max_new_tokens": 1500, "ignore_eos": True, "n": 3}, "stream": True}
+    waits = {"sampling_params": {"max_new_tokens": 1000, "ignore_eos": True, "n": 3}, "stream": True}
     with server.client() as client:
-        with client.stream("POST", "/generate", json=waits | {"input_ids": [5] * 300}) as response:
+        with client.stream("POST", "/generate", json=waits | {"input_ids": [5] * 900}) as response:
             lines = response.iter_lines()
-            next(lines)  # 900 tokens and 3 sequences are held
+            next(lines)  # 900 tokens, which its 3 sequences share, are held
+            fits = {"input_ids": [5] * 100, "sampling_params": {"max_new_tokens": 1}}
+            assert client.post("/generate", json=fits).status_code == 200
             for prompts, what in (([[5] * 200], "prompt tokens"), ([[5]] * 6, "sequences")):
                 refused = client.post("/generate", json={"input_ids": prompts})
                 assert refused.status_code == 503 and f" {what} run or wait" in refused.text

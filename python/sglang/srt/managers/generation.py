@@ -35,6 +35,7 @@ class SequenceState:
     names: frozenset[str]  # what its client calls it: its rid, and the rid of the request that it is part of
     text: OutputText
     events: asyncio.Queue[tuple[SequenceState, ReqOutput] | RequestError]
+    held_tokens: int = 0  # of the prompt, where no other sequence counts it
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     created: float = field(default_factory=time.perf_counter)
     last_output: float = 0.0

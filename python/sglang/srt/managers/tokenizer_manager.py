@@ -152,7 +152,8 @@ class TokenizerManager:
         self._check_alive()
         if self.draining is not None:
             raise self.draining
-        self._check_room(requests)
+        prompts = {id(r.input_ids): r for r in requests}  # choices share theirs: counted with one of them
+        self._check_room(sum(len(r.input_ids) for r in prompts.values()), len(requests))
         events: asyncio.Queue[Any] = asyncio.Queue()
         states = [
             SequenceState(
@@ -161,6 +162,7 @@ class TokenizerManager:
                 frozenset(own),
                 OutputText(self.tokenizer, r.sampling_params, r.return_token_sources),
                 events,
+                held_tokens=len(r.input_ids) if prompts[id(r.input_ids)] is r else 0,
             )
             for index, (r, own) in enumerate(zip(requests, names, strict=True))
         ]
@@ -171,16 +173,15 @@ class TokenizerManager:
             self._running[state.request.rid] = state
             for name in state.names:
                 self._named[name].add(state.request.rid)
-            self._held_tokens += len(state.request.input_ids)
+            self._held_tokens += state.held_tokens
             self.metrics.prompt_tokens.inc(len(state.request.input_ids))
         return Generation(self, states)
 
-    def _check_room(self, requests: Sequence[TokenizedGenerateReqInput]) -> None:
+    def _check_room(self, tokens: int, sequences: int) -> None:
         """Whatever the clients send, what waits here fits into memory. Raises RequestError (503)."""
-        tokens = sum(len(request.input_ids) for request in requests)
         for held, new, most, what in (
             (self._held_tokens, tokens, MAX_HELD_TOKENS, "prompt tokens"),
-            (len(self._running), len(requests), MAX_HELD_SEQUENCES, "sequences"),
+            (len(self._running), sequences, MAX_HELD_SEQUENCES, "sequences"),
         ):
             if held and held + new > most:
                 message = f"{held} {what} run or wait: there is no room for {new} more, at most {most}"
@@ -222,7 +223,7 @@ class TokenizerManager:
 
     def _forget(self, rid: str) -> SequenceState:
         state = self._running.pop(rid)
-        self._held_tokens -= len(state.request.input_ids)
+        self._held_tokens -= state.held_tokens
         for name in state.names:
             self._named[name].discard(rid)
             if not self._named[name]:
