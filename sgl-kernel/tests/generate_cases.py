@@ -273,7 +273,9 @@ def random_generate_case(draw: DrawInt, runs: int = 1) -> GenerateCase:
     for d in range(draw(0, 4) if draw(0, 15) else draw(5, 40)):
         width1 = token_width if draw(0, 1) else draw(0, token_width)
         has_table = draw(0, 5) > 0
-        kept = draw(0 if has_table else 1, 31) if draw(0, 2) == 0 else 31  # bit i: has VECTORS[i]
+        shares_tables = d > 0 and draw(0, 5) == 0  # with one that may have none
+        fewest = 0 if has_table and not shares_tables else 1  # a destination has something
+        kept = draw(fewest, 31) if draw(0, 2) == 0 else 31  # bit i: has VECTORS[i]
         dsts.append(
             DestinationSpec(
                 seqlens_offset=draw(-5, 5) if hostile else draw(0, 1) * (d + 1),
@@ -282,7 +284,7 @@ def random_generate_case(draw: DrawInt, runs: int = 1) -> GenerateCase:
                 without=tuple(name for i, name in enumerate(VECTORS) if kept >> i & 1 == 0),
                 extra=(-width1) % 4 if aligned else draw(0, 5),
                 shift=0 if aligned else draw(0, 3),
-                shares_tables=d > 0 and draw(0, 5) == 0,
+                shares_tables=shares_tables,
             )
         )
     longest = token_width + (20 if hostile else 0)
