@@ -14,8 +14,8 @@ from sglang.srt.layers.attention.nsa.metadata import MetadataMode
 from sglang.srt.layers.attention.nsa_backend import NativeSparseAttnBackend
 from sglang.srt.layers.logprobs import hidden_logprobs, token_logprobs
 from sglang.srt.layers.request_sampler import RequestSampler
-from sglang.srt.managers.prefill_warmup import warm_up_prefill
 from sglang.srt.managers.schedule_batch import PrefillChunk, Req, StepOutput
+from sglang.srt.managers.warm_up import warm_up
 from sglang.srt.mem_cache.fp8_kv_pool import kv_pool_class
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.pool_size import num_pages
@@ -129,7 +129,9 @@ class TpModelWorker:
             self.steps.capture(server_args.cuda_graph_max_bs)
             log_metadata_paths(self.step_functions)
         if self.device.type == "cuda" and not server_args.skip_server_warmup:
-            warm_up_prefill(self, server_args.chunked_prefill_size, config.index_topk)
+            captured = 0 if server_args.disable_cuda_graph else server_args.cuda_graph_max_bs
+            sizes = config.index_topk, captured, server_args.max_running_requests
+            warm_up(self, server_args.chunked_prefill_size, *sizes)
 
     # ---- the scheduler's interface
 
