@@ -42,6 +42,11 @@ template <typename Expected, typename Found>
                            text_of(found));
 }
 
+inline void check_range(const char* op, const FieldName& name, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return;
+  reject(op, name, std::to_string(least) + " .. " + std::to_string(most), value);
+}
+
 inline void check_shim(AOTITorchError status, const char* what) {
   if (status != 0) throw std::runtime_error(std::string("sgl_kernel: torch failed to tell ") + what);
 }
@@ -143,6 +148,15 @@ inline void check_stride(const char* op, const TensorView& view, bool written) {
     reject(op, view.name, "rows that do not overlap (row stride of at least " + std::to_string(view.cols) + ")",
            view.row_stride);
   }
+}
+
+// What is read or written in vectors. After check_tensor.
+inline void check_row_alignment(const char* op, const TensorView& view, int64_t bytes) {
+  const int64_t shift = static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data) % bytes);
+  if (shift == 0 && view.row_stride * view.element_size % bytes == 0) return;
+  reject(op, view.name, "rows that begin at multiples of " + std::to_string(bytes) + " bytes",
+         "an address of " + std::to_string(shift) + " modulo " + std::to_string(bytes) + ", a row stride of " +
+             std::to_string(view.row_stride));
 }
 
 inline char* data_of(const TensorView& view) {

@@ -52,18 +52,14 @@ struct PlanArgs {
   int64_t rows() const { return bs * rows_per_req; }
 };
 
-void check_range(const FieldName& name, int64_t value, int64_t least, int64_t most) {
-  if (value >= least && value <= most) return;
-  reject(kOp, name, std::to_string(least) + " .. " + std::to_string(most), value);
-}
-
 void check_scalars(const PlanArgs& args) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  check_range({"mode"}, args.mode, 0, 2);
-  check_range({"bs"}, args.bs, 0, kMaxRows);
-  check_range({"page_size"}, args.page_size, 1, kMost);
-  check_range({"topk"}, args.topk, 1, kMost);
-  check_range({"rows_per_req"}, args.rows_per_req, 1, args.mode == 0 ? 1 : kMaxRows / std::max<int64_t>(args.bs, 1));
+  check_range(kOp, {"mode"}, args.mode, 0, 2);
+  check_range(kOp, {"bs"}, args.bs, 0, kMaxRows);
+  check_range(kOp, {"page_size"}, args.page_size, 1, kMost);
+  check_range(kOp, {"topk"}, args.topk, 1, kMost);
+  check_range(kOp, {"rows_per_req"}, args.rows_per_req, 1,
+              args.mode == 0 ? 1 : kMaxRows / std::max<int64_t>(args.bs, 1));
   if (args.packed && args.mode != 2) reject(kOp, {"packed"}, "False outside DRAFT_EXTEND (mode 2)", "True");
   if (args.has_accept_lens != (args.mode == 2)) {
     reject(kOp, {"accept_lens"}, args.mode == 2 ? "a tensor in DRAFT_EXTEND" : "None outside DRAFT_EXTEND",
@@ -297,7 +293,7 @@ Planned<GenerateParams> make_generate_plan(StableIValue* stack) {
       dsts[d].fields[f] = view_tensor(tensors[next++].get(), name);
       dsts[d].has[f] = true;
     }
-    check_range({"", "destinations[%d].seqlens_offset", d}, seqlens_offsets[d], -kMaxOffset, kMaxOffset);
+    check_range(kOp, {"", "destinations[%d].seqlens_offset", d}, seqlens_offsets[d], -kMaxOffset, kMaxOffset);
     dsts[d].seqlens_offset = static_cast<int32_t>(seqlens_offsets[d]);
     check_destination(dsts[d], args);
   }

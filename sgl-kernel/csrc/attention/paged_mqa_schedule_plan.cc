@@ -21,11 +21,6 @@ struct ScheduleArgs {
   int64_t atoms;
 };
 
-void check_range(const FieldName& name, int64_t value, int64_t least, int64_t most) {
-  if (value >= least && value <= most) return;
-  reject(kOp, name, std::to_string(least) + " .. " + std::to_string(most), value);
-}
-
 // [B] or [B, next_n], any strides: only a request's last length is read.
 void check_lengths(TensorView& lens, int32_t device_index) {
   check_device(kOp, lens, device_index);
@@ -40,7 +35,7 @@ void check_lengths(TensorView& lens, int32_t device_index) {
 
 void check_schedule(TensorView& schedule, int32_t device_index) {
   check_tensor(kOp, schedule, {device_index, aoti_torch_dtype_int32(), 2, 2, 2, /*written=*/true});
-  check_range(schedule.name, schedule.rows, 2, kMost);
+  check_range(kOp, schedule.name, schedule.rows, 2, kMost);
   if (schedule.cols != 2 || schedule.row_stride != 2) {
     reject(kOp, schedule.name, "a contiguous tensor of two columns",
            std::to_string(schedule.cols) + " columns, row stride " + std::to_string(schedule.row_stride));
@@ -89,7 +84,7 @@ Planned<PagedMQAScheduleParams> make_schedule_plan(StableIValue* stack) {
   if (context_lens.empty() || context_lens.size() != schedules.size() || atoms.size() != schedules.size()) {
     reject(kOp, {"schedules"}, "at least one, and lists of one length", schedules.size());
   }
-  check_range({"segment"}, segment, 1, kMost);
+  check_range(kOp, {"segment"}, segment, 1, kMost);
   common.segment = static_cast<int32_t>(segment);
 
   std::vector<ScheduleArgs> all(schedules.size());
@@ -100,7 +95,7 @@ Planned<PagedMQAScheduleParams> make_schedule_plan(StableIValue* stack) {
     args.atoms = atoms[k];
     check_lengths(args.context_lens, all[0].context_lens.device_index);
     check_schedule(args.schedule, all[0].context_lens.device_index);
-    check_range({"", "schedules[%d].atoms", k}, args.atoms, 1, kMost);
+    check_range(kOp, {"", "schedules[%d].atoms", k}, args.atoms, 1, kMost);
     if (args.context_lens.rows > kMost / args.atoms) {
       reject(kOp, args.context_lens.name, "at most 2147483647 atoms in all requests",
              std::to_string(args.context_lens.rows) + " requests of " + std::to_string(args.atoms));

@@ -4,6 +4,7 @@
 #include <limits>
 #include <string>
 
+#include "attention/row_tables_checks.h"
 #include "overlap.h"
 #include "sgl_kernel_ops.h"
 #include "stack.h"
@@ -20,19 +21,6 @@ constexpr int64_t kManyRows = 128;    // fill the device in smaller blocks; fewe
 enum Argument { kScores, kPageTable, kTableRows, kLengths, kSlots, kNumTensors };
 constexpr const char* kNames[kNumTensors] = {"scores", "page_table", "table_rows", "lengths", "slots"};
 
-void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most) {
-    reject(kOp, {name}, std::to_string(least) + " .. " + std::to_string(most), value);
-  }
-}
-
-void check_scores(const TensorView& scores) {
-  if (reinterpret_cast<uintptr_t>(scores.data) % kVectorBytes == 0 && scores.row_stride * 4 % kVectorBytes == 0) return;
-  reject(kOp, scores.name, "rows that begin at multiples of 16 bytes",
-         "an address of " + std::to_string(reinterpret_cast<uintptr_t>(scores.data) % kVectorBytes) +
-             " modulo 16, a row stride of " + std::to_string(scores.row_stride));
-}
-
 struct Call {
   TensorView views[kNumTensors];
   int32_t device_index;
@@ -40,34 +28,23 @@ struct Call {
 };
 
 // Checks all arguments, and packs them.
-Call make_call(const TensorHandle (&tensors)[kNumTensors], int64_t first_row, int64_t rows_per_req, int64_t width,
-               int64_t padding_slot) {
+Call make_call(const TensorHandle (&tensors)[kNumTensors], const RowTablesIntegers& integers, int64_t padding_slot) {
   Call call;
   for (int k = 0; k < kNumTensors; ++k) {
     if (tensors[k] != nullptr) call.views[k] = view_tensor(tensors[k].get(), {kNames[k]});
   }
-  TensorView &scores = call.views[kScores], &table = call.views[kPageTable], &owners = call.views[kTableRows],
-             &lengths = call.views[kLengths], &slots = call.views[kSlots];
-  const int32_t device = call.device_index = scores.device_index, ints = aoti_torch_dtype_int32();
+  TensorView &scores = call.views[kScores], &slots = call.views[kSlots];
+  const int32_t device = call.device_index = scores.device_index;
   const int64_t rows = slots.rows, topk = slots.cols;
-  check_range("first_row", first_row, 0, kMost);
-  check_range("rows_per_req", rows_per_req, 1, kMost);
-  check_range("width", width, 0, kMost / 2);
-  check_range("padding_slot", padding_slot, std::numeric_limits<int32_t>::min(), kMost);
-  check_tensor(kOp, slots, {device, ints, 2, 0, 1, /*written=*/true});
-  check_range("topk", topk, 1, kMaxTopk);
-  check_tensor(kOp, scores, {device, aoti_torch_dtype_float32(), 2, rows, width});
-  check_scores(scores);
-  const bool shared = owners.handle != nullptr;
-  check_tensor(kOp, table, {device, ints, 2, shared ? 0 : rows, width});
-  if (shared) {
-    check_device(kOp, owners, device);
-    if (owners.dtype != ints && owners.dtype != aoti_torch_dtype_int64()) {
-      reject(kOp, owners.name, "int32 or int64", dtype_name(owners.dtype));
-    }
-    check_tensor(kOp, owners, {device, owners.dtype, 1, 1, rows == 0 ? 0 : (first_row + rows - 1) / rows_per_req + 1});
-  }
-  check_tensor(kOp, lengths, {device, ints, 1, 1, rows});
+  integers.check(kOp);
+  check_range(kOp, {"padding_slot"}, padding_slot, std::numeric_limits<int32_t>::min(), kMost);
+  check_tensor(kOp, slots, {device, aoti_torch_dtype_int32(), 2, 0, 1, /*written=*/true});
+  check_range(kOp, {"topk"}, topk, 1, kMaxTopk);
+  check_tensor(kOp, scores, {device, aoti_torch_dtype_float32(), 2, rows, integers.width});
+  check_row_alignment(kOp, scores, kVectorBytes);
+  TopkSlotsParams& p = call.params;
+  static_cast<RowTables&>(p) = check_row_tables(kOp, call.views[kPageTable], call.views[kTableRows],
+                                                call.views[kLengths], integers, device, rows);
 
   Access accesses[kNumTensors];
   for (int k = 0; k < kNumTensors; ++k) {
@@ -80,16 +57,9 @@ Call make_call(const TensorHandle (&tensors)[kNumTensors], int64_t first_row, in
   }
   check_apart(kOp, accesses, accesses + kNumTensors, "input");
 
-  const auto int_data = [](const TensorView& view) { return reinterpret_cast<int32_t*>(view.data); };
-  TopkSlotsParams& p = call.params;
   p.scores = reinterpret_cast<const uint32_t*>(scores.data), p.scores_stride = scores.row_stride;
-  p.page_table = int_data(table), p.table_stride = table.row_stride;
-  p.table_rows = owners.data, p.wide_table_rows = owners.element_size == 8;
-  p.lengths = int_data(lengths);
-  p.slots = int_data(slots), p.slots_stride = slots.row_stride;
-  p.first_row = first_row, p.rows_per_req = static_cast<int32_t>(rows_per_req);
-  p.rows = static_cast<int32_t>(rows), p.width = static_cast<int32_t>(width), p.topk = static_cast<int32_t>(topk);
-  p.padding_slot = static_cast<int32_t>(padding_slot);
+  p.slots = reinterpret_cast<int32_t*>(slots.data), p.slots_stride = slots.row_stride;
+  p.topk = static_cast<int32_t>(topk), p.padding_slot = static_cast<int32_t>(padding_slot);
   return call;
 }
 
@@ -149,8 +119,8 @@ void topk_slots(StableIValue* stack, uint64_t, uint64_t) {
   const TensorHandle tensors[kNumTensors] = {take_tensor(stack[0]), take_tensor(stack[1]),
                                              take_optional_tensor(stack[2]), take_tensor(stack[3]),
                                              take_tensor(stack[4])};
-  run(make_call(tensors, take<int64_t>(stack[5]), take<int64_t>(stack[6]), take<int64_t>(stack[7]),
-                take<int64_t>(stack[8])));
+  const RowTablesIntegers integers{take<int64_t>(stack[5]), take<int64_t>(stack[6]), take<int64_t>(stack[7])};
+  run(make_call(tensors, integers, take<int64_t>(stack[8])));
 }
 
 }  // namespace sgl_kernel

@@ -8,19 +8,12 @@
 
 #include <cstdint>
 
+#include "attention/dependent_launch.cuh"
 #include "attention/topk_slots.h"
 
 namespace sgl_kernel {
 
 constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
-
-// Starts while the kernel before still runs, and lets the next one start: as `launch_triton.py` has it.
-__device__ __forceinline__ void wait_for_inputs() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // The sum over the lanes up to this one.
 __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t mine) {

@@ -4,41 +4,22 @@
 
 #include <cstdint>
 
+#include "attention/row_tables.h"
 #include "backend.h"
 
 namespace sgl_kernel {
 
-struct TopkSlotsParams {
-  const uint32_t* scores;     // [rows, >= width]: the bits of float32
-  const int32_t* page_table;  // [tables, >= width]: the slot of each position
-  const void* table_rows;     // [requests], int64 where wide_table_rows, else int32; null: row t reads table t
-  const int32_t* lengths;     // [rows]: keys of each row; those beyond `width` do not count
-  int32_t* slots;             // [rows, topk]
-  int64_t scores_stride, table_stride, slots_stride;
-  int64_t first_row;  // of these rows among those of all requests
-  int32_t rows, rows_per_req, width, topk, padding_slot;
-  bool wide_table_rows;
+struct TopkSlotsParams : RowTables {
+  const uint32_t* scores;  // [rows, >= width]: the bits of float32
+  int32_t* slots;          // [rows, topk]
+  int64_t scores_stride, slots_stride;
+  int32_t topk, padding_slot;
 };
 
 // Float32 as unsigned integers in descending order, -0.0 equal to 0.0: the lowest key is the best.
 SGLK_HOST_DEVICE uint32_t descending_key(uint32_t bits) {
   const uint32_t negative = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31);
   return bits == 0x80000000u ? 0x7FFFFFFFu : bits ^ (~negative & 0x7FFFFFFFu);
-}
-
-SGLK_HOST_DEVICE int32_t row_length(const TopkSlotsParams& p, int32_t row) {
-  const int32_t length = p.lengths[row] < p.width ? p.lengths[row] : p.width;
-  return length > 0 ? length : 0;
-}
-
-SGLK_HOST_DEVICE const int32_t* table_of(const TopkSlotsParams& p, int32_t row) {
-  int64_t table = row;
-  if (p.table_rows != nullptr) {
-    const int64_t request = (p.first_row + row) / p.rows_per_req;
-    table = p.wide_table_rows ? static_cast<const int64_t*>(p.table_rows)[request]
-                              : static_cast<const int32_t*>(p.table_rows)[request];
-  }
-  return p.page_table + table * p.table_stride;
 }
 
 // The blocks that there are.
