@@ -23,6 +23,8 @@ struct PagedMQAScheduleParams;
 struct DecodeInputsParams;
 struct TopkSlotsParams;
 struct TopkLevel;
+struct IndexScoresParams;
+struct IndexScoresGrid;
 
 namespace backend {
 
@@ -52,6 +54,8 @@ void launch_generate(const GenerateParams& params, const TableGrid& grid, const 
 void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Stream& stream);
 void launch_decode_inputs(const DecodeInputsParams& params, const Stream& stream);
 void launch_topk_slots(const TopkSlotsParams& params, const TopkLevel& level, const Stream& stream);
+bool serves_index_scores(int32_t device_index);  // else the next is not called
+void launch_index_scores(const IndexScoresParams& params, const IndexScoresGrid& grid, const Stream& stream);
 
 }  // namespace backend
 }  // namespace sgl_kernel

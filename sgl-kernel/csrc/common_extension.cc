@@ -46,6 +46,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
               "bool segment_major");
 
   m.def(
+      "index_scores(Tensor q_index, Tensor index_weights, Tensor index_k, Tensor page_table, Tensor? table_rows, "
+      "Tensor lengths, Tensor(a!) scores, int first_row, int rows_per_req, int width, int topk) -> ()");
+  m.def("index_scores_served(int device_index, int heads, int dim) -> bool");
+  m.def(
       "topk_slots(Tensor scores, Tensor page_table, Tensor? table_rows, Tensor lengths, Tensor(a!) slots, "
       "int first_row, int rows_per_req, int width, int padding_slot) -> ()");
 
@@ -75,6 +79,8 @@ STABLE_TORCH_LIBRARY_IMPL(SGL_KERNEL_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("paged_mqa_schedule_plan", sgl_kernel::paged_mqa_schedule_plan);
   m.impl("paged_mqa_schedule_run", sgl_kernel::paged_mqa_schedule_run);
   m.impl("paged_mqa_schedule_once", sgl_kernel::paged_mqa_schedule_once);
+  m.impl("index_scores", sgl_kernel::index_scores);
+  m.impl("index_scores_served", sgl_kernel::index_scores_served);
   m.impl("topk_slots", sgl_kernel::topk_slots);
   m.impl("metadata_replay_method", sgl_kernel::metadata_replay_method);
   m.impl("replay_copy_method", sgl_kernel::replay_copy_method);

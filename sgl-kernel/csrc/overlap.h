@@ -16,6 +16,14 @@ struct Footprint {
   const char* end() const { return data + (rows - 1) * stride + row_bytes; }
 };
 
+// All of a tensor; empty where there is none.
+inline Footprint footprint_of(const TensorView& view) {
+  if (view.handle == nullptr || view.rows == 0) return {};
+  const int64_t size = view.element_size, row = view.cols * size;
+  if (view.dim < 3) return {view.data, view.rows, row, view.row_stride * size};
+  return {view.data, view.planes, (view.rows - 1) * view.row_stride * size + row, view.plane_stride * size};
+}
+
 // True when the two share a byte. Exact for equal strides (two column ranges of one buffer do not overlap) and for a
 // single row; else the ranges from first to last byte decide.
 inline bool overlaps(const Footprint& a, const Footprint& b) {

@@ -58,6 +58,7 @@ struct TensorView {
   int32_t device_type = 0, device_index = 0, dtype = 0;
   int64_t element_size = 0;
   int64_t dim = 0, rows = 1, cols = 1;     // a 1-D tensor is one row
+  int64_t planes = 1, plane_stride = 0;    // of a 3-D tensor
   int64_t row_stride = 0, col_stride = 1;  // elements
 };
 
@@ -67,6 +68,9 @@ inline void set_shape(TensorView& view, int64_t dim, const int64_t* sizes, const
     view.cols = sizes[0], view.col_stride = strides[0];
   } else if (dim == 2) {
     view.rows = sizes[0], view.cols = sizes[1], view.row_stride = strides[0], view.col_stride = strides[1];
+  } else if (dim == 3) {
+    set_shape(view, 2, sizes + 1, strides + 1);
+    view.dim = dim, view.planes = sizes[0], view.plane_stride = strides[0];
   }
 }
 
@@ -113,8 +117,9 @@ inline std::string device_text(int32_t type, int32_t index) {
 }
 
 inline std::string shape_text(const TensorView& view) {
-  return view.dim == 1 ? "[" + std::to_string(view.cols) + "]"
-                       : "[" + std::to_string(view.rows) + ", " + std::to_string(view.cols) + "]";
+  const std::string cols = std::to_string(view.cols), rows = std::to_string(view.rows);
+  if (view.dim == 1) return "[" + cols + "]";
+  return "[" + (view.dim == 3 ? std::to_string(view.planes) + ", " : "") + rows + ", " + cols + "]";
 }
 
 // What a tensor must be. `device_index` is that of the call's first tensor.
@@ -153,7 +158,10 @@ inline void check_stride(const char* op, const TensorView& view, bool written) {
 // What is read or written in vectors. After check_tensor.
 inline void check_row_alignment(const char* op, const TensorView& view, int64_t bytes) {
   const int64_t shift = static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data) % bytes);
-  if (shift == 0 && view.row_stride * view.element_size % bytes == 0) return;
+  const auto aligned = [&](int64_t count, int64_t stride) {
+    return count <= 1 || stride * view.element_size % bytes == 0;
+  };
+  if (shift == 0 && aligned(view.rows, view.row_stride) && aligned(view.planes, view.plane_stride)) return;
   reject(op, view.name, "rows that begin at multiples of " + std::to_string(bytes) + " bytes",
          "an address of " + std::to_string(shift) + " modulo " + std::to_string(bytes) + ", a row stride of " +
              std::to_string(view.row_stride));

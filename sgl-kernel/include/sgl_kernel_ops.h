@@ -12,7 +12,7 @@ namespace sgl_kernel {
 
 // Raised whenever an operator's schema or a plan's layout changes; Python refuses a library with another
 // number.
-constexpr int64_t kAbiVersion = 10;
+constexpr int64_t kAbiVersion = 11;
 
 using BoxedOperator = void(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 
@@ -58,6 +58,10 @@ BoxedOperator decode_inputs_once;
 BoxedOperator paged_mqa_schedule_plan;
 BoxedOperator paged_mqa_schedule_run;
 BoxedOperator paged_mqa_schedule_once;
+
+// The lightning indexer's scores, and whether a device has them.
+BoxedOperator index_scores;
+BoxedOperator index_scores_served;
 
 // The slots of each row's highest scores.
 BoxedOperator topk_slots;

@@ -11,6 +11,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import sgl_kernel  # noqa: E402
 import test_decode_inputs as decode_tests  # noqa: E402
 import test_fused_metadata_copy as copy_tests  # noqa: E402
+import test_index_scores as scores_tests  # noqa: E402
 import test_nsa_metadata_generate as generate_tests  # noqa: E402
 import test_paged_mqa_schedule as schedule_tests  # noqa: E402
 import test_replay_copy as replay_tests  # noqa: E402
@@ -65,6 +66,9 @@ def main() -> None:
         assert found == schedule_tests.reference(rows.tolist(), num_sms, PagedMQASplit())
     for topk_case in topk_tests.CASES + topk_tests.LONG_CASES:
         topk_tests.Rig(topk_case, "cuda").check()
+    if sgl_kernel.serves_index_scores(torch.device("cuda"), torch.bfloat16, 64, 128):
+        for scores_case in scores_tests.CASES:
+            scores_tests.Rig(scores_case, "cuda").check()
     torch.cuda.synchronize()
     print("all cases passed")
 

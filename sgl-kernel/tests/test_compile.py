@@ -22,6 +22,8 @@ from sgl_kernel import (
     ReplayCopyPlan,
     ReplayField,
 )
+from test_index_scores import good as good_scores
+from test_index_scores import require_served
 from test_replay_copy import good as good_replay
 from test_sglang_calls import good_arguments
 
@@ -102,9 +104,20 @@ def topk(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
     return scores, written, lambda: sgl_kernel.topk_slots(scores, table, None, lengths, written, width=8)
 
 
+def scores(device: str) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    arguments = good_scores(device)
+    arguments["q_index"].fill_(1), arguments["index_k"].fill_(1)
+    return arguments["index_weights"], arguments["scores"], lambda: sgl_kernel.index_scores(**arguments)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("setup", [copy, generate, schedule, sglang, replay, replay_call, inputs, topk])
+@pytest.mark.parametrize(
+    "setup", [copy, generate, schedule, sglang, replay, replay_call, inputs, topk, scores]
+)
 def test_fullgraph(setup: Setup, backend: str, device: str) -> None:
+    if setup is scores:
+        require_served(device)
+
     def outputs(compiled: bool) -> list[torch.Tensor]:
         source, written, call = setup(device)
 

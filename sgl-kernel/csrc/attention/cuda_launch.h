@@ -89,18 +89,23 @@ void launch_kernel(void (*kernel)(Params...), const char* name, const backend::S
 // The same of a kernel that waits inside for all kernels before (`griddepcontrol.wait`): where the device can (Hopper
 // and later), it starts while they still run.
 template <typename... Params>
-void launch_dependent_kernel(void (*kernel)(Params...), const char* name, const backend::Stream& stream,
-                             uint32_t blocks, uint32_t threads, const std::remove_const_t<Params>&... params) {
+void launch_dependent_kernel(void (*kernel)(Params...), const char* name, cudaLaunchConfig_t config,
+                             const std::remove_const_t<Params>&... params) {
   int device = 0, major = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the architecture");
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = launch_config(stream, blocks, threads);
   config.attrs = &attribute;
   config.numAttrs = major >= 9 ? 1 : 0;
   launch_kernel(kernel, name, config, params...);
+}
+
+template <typename... Params>
+void launch_dependent_kernel(void (*kernel)(Params...), const char* name, const backend::Stream& stream,
+                             uint32_t blocks, uint32_t threads, const std::remove_const_t<Params>&... params) {
+  launch_dependent_kernel(kernel, name, launch_config(stream, blocks, threads), params...);
 }
 
 }  // namespace sgl_kernel

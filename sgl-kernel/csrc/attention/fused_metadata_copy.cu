@@ -9,6 +9,7 @@ namespace sgl_kernel {
 
 void load_decode_inputs_kernel();       // decode_inputs.cu
 void load_generate_kernels();           // nsa_metadata_generate.cu
+void load_index_scores_kernels();       // index_scores.cu
 void load_paged_mqa_schedule_kernel();  // paged_mqa_schedule.cu
 void load_topk_slots_kernels();         // topk_slots.cu
 
@@ -49,6 +50,7 @@ void prepare(int32_t device_index) {
   load_generate_kernels();
   load_paged_mqa_schedule_kernel();
   load_topk_slots_kernels();
+  if (serves_index_scores(device_index)) load_index_scores_kernels();
   if (known) loaded[device_index].store(true, std::memory_order_release);
 }
 

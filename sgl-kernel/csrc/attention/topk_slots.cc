@@ -47,14 +47,7 @@ Call make_call(const TensorHandle (&tensors)[kNumTensors], const RowTablesIntege
                                                 call.views[kLengths], integers, device, rows);
 
   Access accesses[kNumTensors];
-  for (int k = 0; k < kNumTensors; ++k) {
-    const TensorView& view = call.views[k];
-    accesses[k] = {{view.data, view.handle == nullptr ? 0 : view.rows, view.cols * view.element_size,
-                    view.row_stride * view.element_size},
-                   &view,
-                   k == kSlots,
-                   k};
-  }
+  for (int k = 0; k < kNumTensors; ++k) accesses[k] = {footprint_of(call.views[k]), &call.views[k], k == kSlots, k};
   check_apart(kOp, accesses, accesses + kNumTensors, "input");
 
   p.scores = reinterpret_cast<const uint32_t*>(scores.data), p.scores_stride = scores.row_stride;

@@ -13,6 +13,7 @@
 #include "attention/nsa_metadata_generate.h"
 #include "attention/paged_mqa_schedule.cuh"
 #include "attention/topk_slots.h"
+#include "cpu/index_scores.h"
 
 namespace sgl_kernel {
 namespace {
@@ -157,6 +158,12 @@ void launch_topk_slots(const TopkSlotsParams& params, const TopkLevel& level, co
   for (int32_t block = 0; block < params.rows * level.pieces; ++block) {
     if (find_piece(params, level, block, piece)) select_piece(params, piece);
   }
+}
+
+bool serves_index_scores(int32_t) { return true; }
+
+void launch_index_scores(const IndexScoresParams& params, const IndexScoresGrid&, const Stream&) {
+  for (int32_t row = 0; row < params.rows; ++row) write_index_scores(params, row);
 }
 
 }  // namespace backend

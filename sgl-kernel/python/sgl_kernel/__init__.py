@@ -13,6 +13,7 @@ from .fused_metadata import (
     fused_metadata_copy_cuda,
     fused_metadata_copy_multi_cuda,
 )
+from .index_scores import index_scores, serves_index_scores
 from .paged_mqa_schedule import (
     DEEP_GEMM_SPLITS,
     PagedMQASchedule,
@@ -46,6 +47,8 @@ __all__ = [
     "fused_copy_replay_data",
     "fused_metadata_copy_cuda",
     "fused_metadata_copy_multi_cuda",
+    "index_scores",
     "load_error",
+    "serves_index_scores",
     "topk_slots",
 ]

@@ -20,7 +20,7 @@ from . import _jit
 logger = logging.getLogger(__name__)
 
 DEVICE_TYPES = ("cpu", "cuda")
-ABI_VERSION = 10  # kAbiVersion of include/sgl_kernel_ops.h
+ABI_VERSION = 11  # kAbiVersion of include/sgl_kernel_ops.h
 LIBRARY_DIR_VARIABLE = "SGL_KERNEL_LIBRARY_DIR"
 PLANNED_OPERATORS = (
     "decode_inputs",
@@ -35,6 +35,7 @@ WRITING_OPERATORS = (
     "fused_metadata_copy",
     "fused_metadata_copy_multi",
     "fused_copy_replay_data",
+    "index_scores",
     "topk_slots",
 )
 

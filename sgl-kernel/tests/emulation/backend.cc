@@ -11,6 +11,7 @@
 #include "attention/nsa_metadata_generate.cuh"
 #include "attention/paged_mqa_schedule.cuh"
 #include "attention/topk_slots.cuh"
+#include "cpu/index_scores.h"
 // clang-format on
 
 namespace sgl_kernel {
@@ -55,6 +56,12 @@ void launch_decode_inputs(const DecodeInputsParams& params, const Stream&) {
 void launch_topk_slots(const TopkSlotsParams& params, const TopkLevel& level, const Stream&) {
   emulation::block.launch(static_cast<uint32_t>(params.rows * level.pieces), level.block.threads,
                           [&] { topk_slots_kernel_of(level.block)(params, level); });
+}
+
+bool serves_index_scores(int32_t) { return true; }
+
+void launch_index_scores(const IndexScoresParams& params, const IndexScoresGrid&, const Stream&) {
+  for (int32_t row = 0; row < params.rows; ++row) write_index_scores(params, row);
 }
 
 }  // namespace backend
