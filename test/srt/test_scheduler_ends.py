@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from history_worker import HistoryWorker
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scheduler_harness import Harness, greedy, prompt_of
 from sglang.srt.managers.detokenizer import OutputText
 from sglang.srt.managers.io_struct import (
@@ -54,24 +52,6 @@ def test_stop_strings_end_at_the_token_that_completes_them(dummy_model: Path, lo
     result = harness.run(prompt_of(6), max_new_tokens=20, stop=("never", stop))
     assert result.finish_reason == {"type": "stop", "matched": stop}
     assert result.output_ids == tokens[:12]
-
-
-@settings(max_examples=100, deadline=None)
-@given(text=st.text("aé☃😀", min_size=1, max_size=12), stop=st.text("aé☃😀", min_size=1, max_size=4))
-def test_stop_strings_are_found_where_the_whole_text_has_them(
-    dummy_model: Path, text: str, stop: str
-) -> None:
-    tokenizer = load_tokenizer(str(dummy_model))
-    checker = StopChecker(frozenset(), 1000, tokenizer)
-    req = Req("r", [1], SamplingParams(stop=(stop,)), seed=0)
-    ended_at = None
-    for token in tokenizer.encode(text):
-        req.output_ids.append(token)
-        if checker.check(req) is not None:
-            ended_at = len(req.output_ids)
-            break
-    at = text.find(stop)
-    assert ended_at == (None if at < 0 else len((text[:at] + stop).encode()))
 
 
 SPECIAL_STOPS = [  # (tokens, stop, special tokens hidden) -> tokens until the stop, text
@@ -148,8 +128,7 @@ def test_bad_requests_are_refused(prompt: list[int], options: dict[str, Any], me
 class PoisonousTokenizer:
     """Fails on one token."""
 
-    all_special_ids: tuple[int, ...] = ()
-    all_special_tokens: tuple[str, ...] = ()
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __init__(self, poison: int) -> None:
         self.poison = poison

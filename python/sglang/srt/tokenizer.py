@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Names of the class that is nothing but the folder's tokenizer.json.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+class HasAddedTokens(Protocol):
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]: ...
 
 
 def load_tokenizer(path: str, local_files_only: bool = True) -> PreTrainedTokenizerBase:
@@ -37,3 +43,10 @@ def _is_plain(folder: Path) -> bool:
         and "auto_map" not in config
         and (folder / "tokenizer.json").is_file()
     )
+
+
+@functools.lru_cache(maxsize=4)
+def special_tokens(tokenizer: HasAddedTokens) -> dict[int, str]:
+    """What `skip_special_tokens` leaves out, also those without a role that `all_special_ids` knows."""
+    added = tokenizer.added_tokens_decoder
+    return {token_id: token.content for token_id, token in added.items() if token.special}

@@ -2,80 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from sglang.srt.managers.stop_checker import find_stop
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.tokenizer import HasAddedTokens, special_tokens
 
 REPLACEMENT = "\ufffd"  # what a decoder puts for bytes that are not, or not yet, UTF-8
 MAX_CHARACTER_TOKENS = 4  # a character has at most as many bytes
-MAX_PENDING_TOKENS = 16  # tokens without the end of a character, before the window is cut among them
+MAX_WINDOW = 6  # tokens that are decoded again, where the last one ends a character
+MAX_PENDING = 16  # and where none of the last ones does
 
 
-class Tokenizer(Protocol):
+class Tokenizer(HasAddedTokens, Protocol):
     def decode(self, token_ids: list[int], **options: Any) -> str: ...
 
 
 class IncrementalDetokenizer:
     """Decodes a growing list of tokens and never gives out half of a character.
 
-    Only a window is decoded again at each call: the tokens since the last one that ended a character, and
-    those of the call before it as context, because a decoder may treat the start of a text differently.
-    A truncated character decodes to one replacement character at the end, so just that one is held back.
-    Bytes that never become characters end in one for ever: then the window is cut between two of them.
+    Only a window is decoded again at each call, the last few tokens: a decoder may treat the start of a text
+    differently, and half a character decodes to replacement characters at the end, which are held back.
+    Bytes that never become characters end in them for ever: then all but the last ones are given out.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._options = {
-            "skip_special_tokens": skip_special_tokens,
-            "clean_up_tokenization_spaces": False,
-        }
-        self._window: list[int] = []
-        self._context = 0  # tokens at the start of the window whose text was given out
-        self._given = 0  # characters of the rest of the window that were given out
+        self._hidden = special_tokens(tokenizer).keys() if skip_special_tokens else frozenset[int]()
+        self._window: list[int] = []  # of the tokens that are shown
+        self._given = 0  # characters of the window's text that were given out
+        self.held = ""  # what follows them: the tokens' text as it stands ends in it
 
     def feed(self, ids: list[int]) -> str:
         """The text that these tokens complete."""
-        self._window += ids
-        text = self._fresh_text()
-        if text.endswith(REPLACEMENT):
-            new, self._given = text[self._given : -1], max(len(text) - 1, self._given)
-            if len(self._window) - self._context > MAX_PENDING_TOKENS:
-                self._cut(text)
-            return new
-        new = text[self._given :]
-        self._start_at(len(self._window), 0)
-        return new
+        shown = [token for token in ids if token not in self._hidden]
+        if not shown:
+            return ""
+        self._window += shown
+        text, half = self._decode(self._window), list[int]()
+        if text.endswith(REPLACEMENT) and len(self._window) > MAX_PENDING:
+            text, half = self._set_half_apart(text)
+        start, end = self._given, max(self._given, len(text.rstrip(REPLACEMENT)))
+        if len(self._window) > (MAX_WINDOW if end == len(text) else MAX_PENDING):
+            end = max(end, self._shorten(text, end))
+        else:
+            self._given = end
+        self.held = text[end:]
+        if half:
+            self._window += half
+            self.held = self._decode(self._window)[self._given :]
+        return text[start:end]
 
-    def _cut(self, text: str) -> None:
-        """Starts the window's new part as late as whole characters, or replaced ones, end before it.
+    def _set_half_apart(self, text: str) -> tuple[str, list[int]]:
+        """The text up to its last whole character, and the tokens of the half one, which leave the window.
 
-        Where two parts have the text of the whole, no character lies across: one that does would be two
-        replacements.
+        It is not always how `text` begins: of a run of bytes that ends in half a character, some decoders
+        replace all.
         """
-        for start in range(len(self._window) - 1, len(self._window) - 1 - MAX_CHARACTER_TOKENS, -1):
+        for count in range(1, MAX_CHARACTER_TOKENS):
+            whole = self._decode(self._window[:-count])
+            if not whole.endswith(REPLACEMENT):
+                half = self._window[-count:]
+                del self._window[-count:]
+                return whole, half
+        return text, []
+
+    def _shorten(self, text: str, end: int) -> int:
+        """Starts the window at a late token that starts a character. Returns where its text begins.
+
+        From such a token on the text is the end of the whole, and where that may be half a character, the two
+        parts are no longer than the whole: one that was cut would be a replacement in both.
+        """
+        for start in range(len(self._window) - 1, len(self._window) - MAX_WINDOW, -1):
             rest = self._decode(self._window[start:])
-            settled = self._decode(self._window[self._context : start])
-            if rest and settled + rest == text:
-                self._start_at(start, self._given - len(settled))
-                return
-
-    def _start_at(self, start: int, given: int) -> None:
-        """The window's new part begins at token `start`; what was new before becomes its context."""
-        del self._window[: self._context]
-        self._context, self._given = start - self._context, given
-
-    def flush(self) -> str:
-        """What is held back, as it stands."""
-        return self._fresh_text()[self._given :]
-
-    def _fresh_text(self) -> str:
-        known = self._decode(self._window[: self._context])
-        return self._decode(self._window)[len(known) :]
+            before = len(text) - len(rest)
+            if text.endswith(rest) and (
+                end == len(text) or len(self._decode(self._window[:start])) <= before
+            ):
+                break
+        del self._window[:start]
+        self._given = max(end - before, 0)
+        return before
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, **self._options) if ids else ""
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def find_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
+    """Where the first stop string begins, and which it is."""
+    return min(((text.find(stop), stop) for stop in stops if stop in text), default=None)
 
 
 class OutputText:
@@ -101,7 +116,7 @@ class OutputText:
             self._held += self._detokenizer.feed(piece)
             self._mark(len(piece))
         if finish_reason is not None:
-            self._held += self._detokenizer.flush()
+            self._held += self._detokenizer.held
             self._mark(len(ids) - len(shown))
             if self._offsets:  # half a character that nothing completes
                 self._offsets[-1] = self._given + len(self._held)

@@ -11,6 +11,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.sampling.token_logprob import TokenLogprob
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.stop_checker import StopStrings
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.mem_cache.radix_cache import TreeNode
 
@@ -37,6 +38,7 @@ class Req:
     output_logprobs: list[TokenLogprob] = field(default_factory=list)
     output_token_sources: list[int] = field(default_factory=list)  # 0: the target's own; i: accepted draft i
     input_logprobs: list[TokenLogprob] = field(default_factory=list)
+    stop_strings: StopStrings | None = None  # with `stop`, from the first output token on
     finish_reason: dict[str, Any] | None = None
     req_pool_idx: int | None = None  # None: holds no device memory
     pages: list[int] = field(default_factory=list)
