@@ -24,24 +24,27 @@ help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
 
 # Where an NVIDIA GPU is seen (GPU=0: not), the extra `gpu` is installed, and a CUDA compiler if there is none: the one that
-# belongs to the libraries that torch brings, with the names of folders and files that linkers ask for.
+# belongs to the libraries that torch brings, with the names of folders and files that linkers ask for. Torch is then the release
+# that those libraries and our kernels were run with on a GPU.
 GPU ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 WITH_GPU := $(filter-out 0,$(GPU))
 ADD_NVCC := $(if $(WITH_GPU),$(if $(shell command -v nvcc),,yes))
 CUDA_ENV := $(if $(ADD_NVCC),CUDA_HOME="$(abspath $(VENV))/cuda" CUDACXX="$(abspath $(VENV))/cuda/bin/nvcc")
+CONSTRAINTS := constraints.txt constraints-$(if $(WITH_GPU),gpu,cpu).txt
+PINS := $(addprefix -c ,$(CONSTRAINTS))
 TORCH_CUDA = $(BIN)/python -c 'import torch; print(torch.version.cuda)'
 
 # What the kernels are built with comes first, since the runtime depends on their package.
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch: $(CONSTRAINTS)
 	@echo "== creating $(VENV) and installing the pinned dependencies (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch numpy scikit-build-core
+	$(BIN)/python -m pip install --progress-bar on $(PINS) torch numpy scikit-build-core
 	touch $@
 
 $(VENV)/.nvcc: $(VENV)/.torch
 	@case "$$($(TORCH_CUDA))" in \
 	13.*) echo "== installing a CUDA compiler: no nvcc was found" && \
-		$(BIN)/python -m pip install --progress-bar on -c constraints.txt "cuda-toolkit[nvcc,cccl]" && \
+		$(BIN)/python -m pip install --progress-bar on $(PINS) "cuda-toolkit[nvcc,cccl]" && \
 		cuda="$$($(BIN)/python -c 'import nvidia.cu13 as cuda; print(*cuda.__path__)')" && \
 		ln -sfn lib "$$cuda/lib64" && ln -sfn libcudart.so.13 "$$cuda/lib/libcudart.so" && ln -sfn "$$cuda" $(VENV)/cuda;; \
 	None) echo "NOTE: a GPU is seen, but the torch of this package index is built without CUDA" >&2;; \
@@ -54,16 +57,16 @@ $(VENV)/.kernels: $(VENV)/.torch $(if $(ADD_NVCC),$(VENV)/.nvcc) $(KERNEL_SOURCE
 	$(CUDA_ENV) $(BIN)/python -m pip install --progress-bar on --no-deps --no-build-isolation ./sgl-kernel
 	touch $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.kernels
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[bench,dev]"
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/.kernels
+	$(BIN)/python -m pip install --progress-bar on $(PINS) -e ".[bench,dev]"
 	touch $@
 
 # sgl-flash-mla names the newest torch as its dependency, while its library needs no more than torch's stable ABI, which
 # 2.10 has: so it comes without dependencies.
-$(VENV)/.gpu: pyproject.toml constraints.txt | $(VENV)/.installed
+$(VENV)/.gpu: pyproject.toml $(CONSTRAINTS) | $(VENV)/.installed
 	@echo "== installing kernels for the GPU: FlashInfer, FlashMLA, DeepGEMM"
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt flashinfer-python sgl-deep-gemm
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt --no-deps sgl-flash-mla
+	$(BIN)/python -m pip install --progress-bar on $(PINS) flashinfer-python sgl-deep-gemm
+	$(BIN)/python -m pip install --progress-bar on $(PINS) --no-deps sgl-flash-mla
 	touch $@
 
 setup: $(VENV)/.kernels $(VENV)/.installed $(if $(WITH_GPU),$(VENV)/.gpu)

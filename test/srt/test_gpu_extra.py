@@ -26,9 +26,9 @@ def extra() -> set[str]:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_setup_installs_the_extra_with_pinned_versions_and_our_kernels_first() -> None:
     commands = setup_commands("1")
-    installed = re.findall(r"pip install .* -c constraints.txt (?:--no-deps )?([\w -]+)$", commands, re.M)
+    installed = re.findall(r"pip install .* -c constraints-gpu.txt (?:--no-deps )?([\w -]+)$", commands, re.M)
     assert extra() <= {name for line in installed for name in line.split()}
-    pins = (ROOT / "constraints.txt").read_text()
+    pins = (ROOT / "constraints-gpu.txt").read_text()
     assert all(re.search(rf"^{name}==", pins, re.M) for name in extra())
     assert commands.index("./sgl-kernel") < commands.index("flashinfer-python")
     # What brings a package of the name of ours is not among them.
@@ -58,3 +58,16 @@ def test_a_compiler_is_installed_where_a_gpu_has_none(
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_without_a_gpu_nothing_of_it_is_installed() -> None:
     assert not any(name in setup_commands("0") for name in extra())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("gpus", "kind"), [("0", "cpu"), ("2", "gpu")])
+def test_every_install_takes_one_set_of_pins_and_torch_is_in_one_of_its_files(gpus: str, kind: str) -> None:
+    """Bug: a machine with a GPU got the torch of the CPU's tests, which had never run on a GPU."""
+    files = ["constraints.txt", f"constraints-{kind}.txt"]
+    lines = [line for line in setup_commands(gpus).splitlines() if "pip install" in line and "-c " in line]
+    assert lines
+    assert all(re.findall(r"-c (\S+)", line) == files for line in lines)
+    pins = re.findall(r"^([\w.-]+)==", "".join((ROOT / file).read_text() for file in files), re.M)
+    assert pins.count("torch") == 1
+    assert len(pins) == len(set(pins))

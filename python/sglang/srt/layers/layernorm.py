@@ -60,7 +60,7 @@ def flashinfer_rmsnorm() -> Kernel | None:
         one = torch.ones((1, 64), dtype=torch.bfloat16, device="cuda")
         norm.rmsnorm(one, one[0], 1e-6)  # compiles it where the package brings no binary
         torch.cuda.synchronize()
-    except (ImportError, RuntimeError, OSError) as error:
+    except Exception as error:  # by CUTLASS's DSL or by nvcc, each of which fails in ways of its own
         logger.info("RMSNorm by torch, not by flashinfer: %s", error)
         return None
 
