@@ -34,11 +34,11 @@ CONSTRAINTS := constraints.txt constraints-$(if $(WITH_GPU),gpu,cpu).txt
 PINS := $(addprefix -c ,$(CONSTRAINTS))
 TORCH_CUDA = $(BIN)/python -c 'import torch; print(torch.version.cuda)'
 
-# What the kernels are built with comes first, since the runtime depends on their package.
+# What the kernels are built with comes first, since the runtime depends on their package. Ninja compiles on all cores.
 $(VENV)/.torch: $(CONSTRAINTS)
 	@echo "== creating $(VENV) and installing the pinned dependencies (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on $(PINS) torch numpy scikit-build-core
+	$(BIN)/python -m pip install --progress-bar on $(PINS) torch numpy scikit-build-core ninja
 	touch $@
 
 $(VENV)/.nvcc: $(VENV)/.torch
