@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import uvicorn
-from sglang.srt.entrypoints.connection import QUIET_S, BoundedProtocol
+from sglang.srt.entrypoints.connection import BoundedProtocol, logger
+from sglang.srt.logging_config import Seldom
 
 TIMEOUT = 0.4  # seconds
 SLOW = 3 * TIMEOUT
@@ -121,7 +122,7 @@ def test_more_connections_than_there_may_be(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Bug: a lack of files wrote 57 MB of log. Those above the limit are closed at once, with one line."""
-    monkeypatch.setattr(BoundedProtocol, "last_warning", -QUIET_S)
+    monkeypatch.setattr(logger, "filters", [Seldom()])
     with serving(2) as port, caplog.at_level(logging.WARNING):
         served = [connect(port) for _ in range(2)]
         for connection in served:

@@ -39,6 +39,7 @@ LIMITS = {  # soon reached
     "sglang.srt.managers.tokenizer_manager.SILENCE_TIMEOUT": 2.5,  # s
     "sglang.srt.managers.tokenizer_manager.MAX_HELD_TOKENS": 1000,
     "sglang.srt.managers.tokenizer_manager.MAX_HELD_SEQUENCES": 8,
+    "sglang.srt.entrypoints.body_reader.MAX_BUFFERED_BYTES": 40_000,
 }
 LONG = {"text": "x", "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
 
@@ -232,6 +233,8 @@ def test_strangers_and_the_end(dummy_model: Path, tmp_path: Path) -> None:
         size = server.log.stat().st_size
         with half_sent_headers(server):
             check_cut_bodies(server)
+            check_held_bodies(server)
+            check_nonsense(server)
             check_stopped_scheduler(server)
             check_no_room(server)
         assert server.log.stat().st_size - size < 2000
@@ -270,6 +273,26 @@ def check_cut_bodies(server: RunningServer) -> None:
         assert client.get("/health").status_code == 200
     time.sleep(0.5)
     assert server.log.stat().st_size == size, server.log.read_text()[size:]
+
+
+def check_held_bodies(server: RunningServer) -> None:
+    """Bug: a few bodies that never ended kept the short ones of all others out as well."""
+    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    held = raw_connection(server, head + b"Content-Length: 50000\r\n\r\n" + b" " * 39_900)
+    with held, server.client() as client:
+        body = {"input_ids": [5] * 100, "sampling_params": {"max_new_tokens": 1}}
+        for padding, status in ((30_000, 503), (0, 200)):
+            content = json.dumps(body).encode() + b" " * padding
+            answer = client.post("/generate", content=content, headers={"content-type": "application/json"})
+            assert answer.status_code == status, answer.text
+
+
+def check_nonsense(server: RunningServer) -> None:
+    """Bug: a line of the log for each request that was none, and two for each wish for a WebSocket."""
+    upgrade = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    for sent in (b"\x16\x03\x01\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", upgrade) * 30:
+        with raw_connection(server, sent) as connection:
+            assert connection.recv(8) == b"HTTP/1.1"
 
 
 def check_stopped_scheduler(server: RunningServer) -> None:

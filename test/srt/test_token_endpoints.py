@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
+from server_fixture import RunningServer
 
 TEXTS = ["hello", "", "grüße \u2603", "two\nlines"]
 
@@ -64,6 +66,19 @@ def test_scores_are_the_models_probabilities(client: httpx.Client, item_first: b
     softened = post(client, "/v1/score", **body, apply_softmax=True)["scores"]
     for row, plain in zip(softened, answer["scores"]):
         assert row == pytest.approx([p / sum(plain) for p in plain], rel=1e-3)
+
+
+def test_scores_that_are_aborted(server: RunningServer) -> None:
+    """Bug: an internal error, with a traceback and a closed connection."""
+    body = {"query": [5] * 1500, "items": [[i] for i in range(40)], "label_token_ids": [1, 2]}
+    with server.client() as client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, "/v1/score", json=body)
+        while not client.post("/abort_request", json={"abort_all": True}).json()["aborted"]:
+            assert not answer.done(), answer.result().text
+    assert (answer.result().status_code, answer.result().json()["error"]["message"]) == (
+        503,
+        "the scoring was aborted",
+    )
 
 
 def test_score_of_one_item_and_of_none(client: httpx.Client) -> None:

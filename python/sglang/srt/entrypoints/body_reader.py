@@ -15,11 +15,11 @@ from sglang.srt.errors import RequestError
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 << 20
-MAX_BUFFERED_BYTES = 128 << 20  # of all bodies that are being read or parsed
+MAX_BUFFERED_BYTES = 128 << 20  # of all bodies that are being read or parsed, before a long one is refused
 # While JSON is parsed nothing else runs in the process. So much of it takes less than 50 ms.
 MAX_VALUES = 1 << 18  # numbers, strings, lists and objects
 MAX_ESCAPES = 1 << 20  # backslashes
-SMALL_BODY = 1 << 14  # bytes that are parsed on the event loop
+SMALL_BODY = 1 << 14  # bytes that are parsed on the event loop, and always taken
 READ_TIMEOUT = 60.0  # seconds
 
 InThread = Callable[[Callable[[], B]], Awaitable[B]]
@@ -54,7 +54,8 @@ class BodyReader:
             self._buffered += len(part)
             if len(body) > MAX_BODY_BYTES:
                 raise RequestError(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
-            if self._buffered > MAX_BUFFERED_BYTES:
+            # Short ones go on: else a few long ones that never end would keep all others out.
+            if self._buffered > MAX_BUFFERED_BYTES and len(body) > SMALL_BODY:
                 raise RequestError(503, "too many long bodies are being sent at the same time")
 
 

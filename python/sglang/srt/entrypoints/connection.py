@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-import time
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from sglang.srt.logging_config import Seldom
+
 logger = logging.getLogger(__name__)
+logger.addFilter(Seldom())
 
 HEADER_TIMEOUT = 10.0  # seconds from a connection, or its last answer, to the end of the next request's head
 UNREAD_TIMEOUT = 60.0  # seconds in which a client takes at least something of what was sent to it
 MAX_CONNECTIONS = 4096
 ACCEPTED_AT_ONCE = 64  # connections taken from the kernel before one that is too many is closed
 OTHER_FILES = 64  # descriptors that the process needs beside its connections
-QUIET_S = 60.0  # seconds between two lines about the same
 
 
 def max_connections() -> int:
@@ -37,7 +38,6 @@ class BoundedProtocol(H11Protocol):
     limit = MAX_CONNECTIONS
     header_timeout = HEADER_TIMEOUT
     unread_timeout = UNREAD_TIMEOUT
-    last_warning = -QUIET_S
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,7 +47,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.limit:
-            self._warn()
+            logger.warning("more than %d connections: those above are closed", self.limit)
             transport.abort()
             return
         self._wait_for_client()
@@ -80,9 +80,3 @@ class BoundedProtocol(H11Protocol):
             self._wait_for_client()
         elif unread or not asked:
             self.transport.abort()
-
-    def _warn(self) -> None:
-        now = time.monotonic()
-        if now - BoundedProtocol.last_warning >= QUIET_S:
-            BoundedProtocol.last_warning = now
-            logger.warning("more than %d connections: those above are closed", self.limit)

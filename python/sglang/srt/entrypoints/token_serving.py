@@ -100,6 +100,8 @@ async def score(
     generation = await manager.generate([c.request for c in choices], [[c.rid] for c in choices])
 
     def whole() -> dict[str, Any]:
+        if not all(choice.input_logprobs for choice in choices):
+            raise RequestError(503, "the scoring was aborted")
         return described([choice.input_logprobs[-1].logprob for choice in choices])
 
     return await answer(request, manager, generation, choices, whole)
