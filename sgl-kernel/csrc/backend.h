@@ -24,7 +24,7 @@ struct DecodeInputsParams;
 struct TopkSlotsParams;
 struct TopkLevel;
 struct IndexScoresParams;
-struct IndexScoresGrid;
+struct RowBlocks;
 
 namespace backend {
 
@@ -55,7 +55,7 @@ void launch_paged_mqa_schedule(const PagedMQAScheduleParams& params, const Strea
 void launch_decode_inputs(const DecodeInputsParams& params, const Stream& stream);
 void launch_topk_slots(const TopkSlotsParams& params, const TopkLevel& level, const Stream& stream);
 bool serves_index_scores(int32_t device_index);  // else the next is not called
-void launch_index_scores(const IndexScoresParams& params, const IndexScoresGrid& grid, const Stream& stream);
+void launch_index_scores(const IndexScoresParams& params, const RowBlocks& blocks, const Stream& stream);
 
 }  // namespace backend
 }  // namespace sgl_kernel

@@ -47,7 +47,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SGL_KERNEL_NAMESPACE, m) {
 
   m.def(
       "index_scores(Tensor q_index, Tensor index_weights, Tensor index_k, Tensor page_table, Tensor? table_rows, "
-      "Tensor lengths, Tensor(a!) scores, int first_row, int rows_per_req, int width, int topk) -> ()");
+      "Tensor lengths, Tensor(a!) scores, int first_row, int? rows_per_req, int width, int topk) -> ()");
   m.def("index_scores_served(int device_index, int heads, int dim) -> bool");
   m.def(
       "topk_slots(Tensor scores, Tensor page_table, Tensor? table_rows, Tensor lengths, Tensor(a!) slots, "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ class Case:
     width: int = 300
     heads: int = 64
     table_rows: list[int] | None = None
-    rows_per_req: int = 1
+    rows_per_req: int | None = None
     first_row: int = 0
     wide: bool = False  # table_rows in int64
     gaps: int = 0  # elements, a multiple of 8, between the rows of every tensor
@@ -37,7 +40,7 @@ class Case:
         if self.table_rows is None:
             return list(range(len(self.lengths)))
         rows = range(self.first_row, self.first_row + len(self.lengths))
-        return [self.table_rows[row // self.rows_per_req] for row in rows]
+        return [self.table_rows[row // (self.rows_per_req or 1)] for row in rows]
 
 
 class Rig:
@@ -130,9 +133,12 @@ CASES = [
     Case([300] * 7 + [0] * 3 + [50] * 3, table_rows=[3] * 7 + [1] * 3 + [0] * 3),  # of several requests
     Case([300, 20, 280, 18, 260, 40, 77], table_rows=[2, 0, 2, 1, 1, 0, 2]),  # one row of each
     *[requests(r, 300, 30, 0, 129, heads=h) for r in (1, 3, 5) for h in (32, 64)],
-    *[requests(r, 150, 200, 17) for r in (7, 9)],
+    *[requests(r, 150, 200, 17) for r in (2, 4, 6, 7, 8, 9, 10, 11)],
     requests(5, 300, 30, 0, 129, wide=True, gaps=8),
+    requests(1, 300, 30, 0, 129, 17),
     Case([131, 132, 133, 134, 135], table_rows=[0, 0, 3, 1], rows_per_req=3, first_row=5),
+    Case([131, 132, 133, 134, 135], table_rows=[0, 1, 1, 1, 0, 0, 2, 2, 2, 0], first_row=4),
+    Case(list(range(200, 230)), table_rows=[1, 0], rows_per_req=24, first_row=13),
     requests(4, 300, 260, 64, 65, integers=True),
     Case(list(range(250, 280)), table_rows=[0] * 30, integers=True, heads=32, gaps=16),
 ]
@@ -195,7 +201,7 @@ def test_a_score_does_not_depend_on_the_batch(heads: int, device: str) -> None:
 def test_captured(cuda: str) -> None:
     """Lengths are read at every replay: the grid serves any of them."""
     require_served(cuda)
-    rig = Rig(requests(5, 1000, 999, 1000, width=1000), cuda)
+    rig = Rig(requests(5, 1000, 1000, 1000, width=1000), cuda)
     rig.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -336,6 +342,32 @@ def test_nothing_to_do(device: str) -> None:
 def test_what_is_served(dtype: torch.dtype, heads: int, dim: int, served: bool, device: str) -> None:
     hopper = device == "cpu" or torch.cuda.get_device_capability() == (9, 0)
     assert serves_index_scores(torch.device(device), dtype, heads, dim) is (served and hopper)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_products_are_not_serialized(tmp_path: Path) -> None:
+    """Where the compiler cannot tell that registers are free it waits for each product, and says so."""
+    kernel = "template __global__ void index_scores_kernel<64, 5>(const __grid_constant__ IndexScoresParams, "
+    source = tmp_path / "kernel.cu"
+    source.write_text(
+        '#include "attention/index_scores.cuh"\nnamespace sgl_kernel {\n'
+        f"{kernel}const __grid_constant__ RowBlocks);\n}}\n"
+    )
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-gencode",
+        "arch=compute_90a,code=sm_90a",
+        "-Xptxas",
+        "--warn-on-spills",
+    ]
+    csrc = Path(__file__).resolve().parent.parent / "csrc"
+    done = subprocess.run(
+        [*command, "-cubin", "-I", csrc, "-o", tmp_path / "kernel.cubin", source],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_an_unknown_device_has_no_library() -> None:

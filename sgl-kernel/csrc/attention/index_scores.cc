@@ -2,7 +2,8 @@
 #include "attention/index_scores.h"
 
 #include <algorithm>
-#include <limits>
+#include <iterator>
+#include <optional>
 #include <string>
 
 #include "attention/row_tables_checks.h"
@@ -16,7 +17,6 @@ namespace {
 
 constexpr const char* kOp = "index_scores";
 constexpr int64_t kVectorBytes = 16;  // that are read at once
-constexpr int64_t kWaves = 8;         // blocks for each that is resident: their lengths differ
 
 enum Argument { kQuery, kWeights, kKeys, kPageTable, kTableRows, kLengths, kScores, kNumTensors };
 constexpr const char* kNames[kNumTensors] = {"q_index",    "index_weights", "index_k", "page_table",
@@ -25,6 +25,7 @@ constexpr const char* kNames[kNumTensors] = {"q_index",    "index_weights", "ind
 struct Call {
   TensorView views[kNumTensors];
   int32_t device_index;
+  bool in_runs = false;
   IndexScoresParams params{};
 };
 
@@ -74,19 +75,19 @@ Call make_call(const TensorHandle (&tensors)[kNumTensors], const RowTablesIntege
   return call;
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int32_t divide_up(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
-// Rows of a request share their keys, so a block takes all of them, or as many equal parts as there have to be. It
-// follows from shapes alone; a block takes keys from all over the longest of its rows, so that any lengths are
-// balanced.
-IndexScoresGrid choose_grid(const IndexScoresParams& p, int32_t multiprocessors) {
-  IndexScoresGrid grid;
-  const int32_t shared = p.table_rows == nullptr ? 1 : p.rows_per_req == 1 ? kMaxBlockRows : p.rows_per_req;
-  grid.block_rows = static_cast<int32_t>(divide_up(shared, divide_up(shared, kMaxBlockRows)));
-  grid.row_blocks = static_cast<int32_t>(divide_up(p.rows, grid.block_rows));
-  const int64_t wanted = divide_up(kWaves * kScoresBlocksPerSm * multiprocessors, grid.row_blocks);
-  grid.chunks = static_cast<int32_t>(std::min(wanted, divide_up(p.width, kBlockKeys)));
-  return grid;
+// Of rows whose table nobody shares each is a row block; in runs, whose ends the host does not know, a row block is as
+// large as can be.
+RowBlocks choose_row_blocks(const IndexScoresParams& p, bool in_runs) {
+  RowBlocks blocks{};
+  blocks.in_runs = in_runs && p.table_rows != nullptr;
+  blocks.group_rows = p.table_rows == nullptr ? 1 : in_runs ? kMaxBlockRows : static_cast<int32_t>(p.rows_per_req);
+  blocks.of_group = divide_up(blocks.group_rows, kMaxBlockRows);
+  blocks.rows = divide_up(blocks.group_rows, blocks.of_group);
+  blocks.before = blocks.in_runs ? 0 : static_cast<int32_t>(p.first_row % blocks.group_rows);
+  blocks.count = divide_up(static_cast<int64_t>(p.rows) + blocks.before, blocks.group_rows) * blocks.of_group;
+  return blocks;
 }
 
 void run(const Call& call) {
@@ -97,7 +98,7 @@ void run(const Call& call) {
     throw std::runtime_error("index_scores: needs a device of compute capability 9.0, and a library built for it");
   }
   const backend::Stream stream(call.device_index);
-  backend::launch_index_scores(p, choose_grid(p, backend::multiprocessors(call.device_index)), stream);
+  backend::launch_index_scores(p, choose_row_blocks(p, call.in_runs), stream);
 }
 
 }  // namespace
@@ -106,8 +107,11 @@ void index_scores(StableIValue* stack, uint64_t, uint64_t) {
   const TensorHandle tensors[kNumTensors] = {
       take_tensor(stack[0]),          take_tensor(stack[1]), take_tensor(stack[2]), take_tensor(stack[3]),
       take_optional_tensor(stack[4]), take_tensor(stack[5]), take_tensor(stack[6])};
-  const RowTablesIntegers integers{take<int64_t>(stack[7]), take<int64_t>(stack[8]), take<int64_t>(stack[9])};
-  run(make_call(tensors, integers, take<int64_t>(stack[10])));
+  const std::optional<int64_t> rows_per_req = take<std::optional<int64_t>>(stack[8]);
+  const RowTablesIntegers integers{take<int64_t>(stack[7]), rows_per_req.value_or(1), take<int64_t>(stack[9])};
+  Call call = make_call(tensors, integers, take<int64_t>(stack[10]));
+  call.in_runs = !rows_per_req.has_value();
+  run(call);
 }
 
 void index_scores_served(StableIValue* stack, uint64_t, uint64_t) {

@@ -7,11 +7,13 @@ namespace sgl_kernel {
 
 void load_index_scores_kernels() {
   for (int32_t heads : kIndexHeads) {
-    const IndexScoresKernel kernel = index_scores_kernel_of(heads);
-    load_kernel(kernel, "loading index_scores_kernel");
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    index_scores_shared_bytes(heads, kMaxBlockRows)),
-               "asking for index_scores_kernel's shared memory");
+    for (int32_t rows : kBlockRows) {
+      const IndexScoresKernel kernel = index_scores_kernel_of(heads, rows);
+      load_kernel(kernel.function, "loading index_scores_kernel");
+      check_cuda(
+          cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes),
+          "asking for index_scores_kernel's shared memory");
+    }
   }
 }
 
@@ -24,10 +26,14 @@ bool serves_index_scores(int32_t device_index) {
   return major == 9 && minor == 0;
 }
 
-void launch_index_scores(const IndexScoresParams& params, const IndexScoresGrid& grid, const Stream& stream) {
-  cudaLaunchConfig_t config = launch_config(stream, static_cast<uint32_t>(grid.blocks()), kScoresThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(index_scores_shared_bytes(params.heads, grid.block_rows));
-  launch_dependent_kernel(index_scores_kernel_of(params.heads), "launch of index_scores_kernel", config, params, grid);
+// A block for each multiprocessor.
+void launch_index_scores(const IndexScoresParams& params, const RowBlocks& blocks, const Stream& stream) {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const IndexScoresKernel kernel = index_scores_kernel_of(params.heads, blocks.rows);
+  cudaLaunchConfig_t config = launch_config(stream, static_cast<uint32_t>(multiprocessors(device)), kScoresThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(kernel.shared_bytes);
+  launch_dependent_kernel(kernel.function, "launch of index_scores_kernel", config, params, blocks);
 }
 
 }  // namespace backend

@@ -1,4 +1,5 @@
-// The indexer's scores: what a launch is given. Shared by the CPU and the CUDA library; no torch in here.
+// The indexer's scores: what a launch is given, and how it divides the work. Shared by the CPU and the CUDA library; no
+// torch in here.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,6 @@ namespace sgl_kernel {
 
 constexpr int kIndexDim = 128;           // of queries and keys
 constexpr int kIndexHeads[] = {32, 64};  // of a row
-constexpr int kMaxBlockRows = 6;         // two blocks with so many rows of 64 heads fit an SM's shared memory
-constexpr int kBlockKeys = 128;          // that a block takes at a time
-constexpr int kScoresBlocksPerSm = 2;    // resident together
 
 struct IndexScoresParams : RowTables {
   const uint16_t* q;     // [rows, heads, kIndexDim]: the bits of bfloat16
@@ -23,18 +21,37 @@ struct IndexScoresParams : RowTables {
   int32_t heads, topk;
 };
 
-// How the blocks of a launch divide rows and keys; the scores do not depend on it.
-struct IndexScoresGrid {
-  int32_t block_rows, row_blocks;  // rows of a block, blocks for all rows
-  int32_t chunks;                  // blocks for the keys of a block's rows: each takes every so manieth kBlockKeys
-
-  int32_t blocks() const { return row_blocks * chunks; }
-};
-
 // Keys of a row whose scores are written.
 SGLK_HOST_DEVICE int32_t scored_keys(const IndexScoresParams& p, int32_t row) {
   const int32_t length = row_length(p, row);
   return length > p.topk ? length : 0;
 }
+
+// Which rows are multiplied with the same keys at a time. A group has the rows of a request, where their number is
+// fixed; each of its row blocks has an equal part of them.
+struct RowBlocks {
+  int32_t rows;        // of a row block, at most
+  int32_t group_rows;  // of a group
+  int32_t of_group;    // row blocks of a group
+  int32_t count;       // row blocks of all
+  int32_t before;      // rows of the first group that are not the call's
+  bool in_runs;        // each row has table_rows of its own, and those that follow each other may read one table
+};
+
+struct RowRange {
+  int32_t begin, end;
+};
+
+SGLK_HOST_DEVICE RowRange rows_of(const IndexScoresParams& p, const RowBlocks& blocks, int32_t index) {
+  const int32_t group = index / blocks.of_group * blocks.group_rows - blocks.before;
+  const int32_t begin = group + index % blocks.of_group * blocks.rows, end = begin + blocks.rows;
+  const int32_t group_end = group + blocks.group_rows, last = group_end < p.rows ? group_end : p.rows;
+  return {begin > 0 ? begin : 0, end < last ? end : last};
+}
+
+// Rows that a row block can have, ascending: there is a kernel for each. Of the most, and 64 heads, the queries fit an
+// SM's shared memory.
+constexpr int kBlockRows[] = {1, 2, 3, 4, 5, 6, 8, 10};
+constexpr int kMaxBlockRows = 10;
 
 }  // namespace sgl_kernel

@@ -12,7 +12,7 @@ namespace backend {
 
 bool serves_index_scores(int32_t) { return false; }
 
-void launch_index_scores(const IndexScoresParams&, const IndexScoresGrid&, const Stream&) {
+void launch_index_scores(const IndexScoresParams&, const RowBlocks&, const Stream&) {
   throw std::logic_error("index_scores: the library was not built for sm_90");
 }
 

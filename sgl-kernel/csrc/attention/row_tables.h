@@ -13,8 +13,9 @@ struct RowTables {
   const void* table_rows;     // [requests], int64 where wide_table_rows, else int32; null: row t reads table t
   const int32_t* lengths;     // [rows]: keys of each row; those beyond `width` do not count
   int64_t table_stride;
-  int64_t first_row;  // of these rows among those of all requests
-  int32_t rows, rows_per_req, width;
+  uint32_t first_row;  // of these rows among those of all requests
+  uint32_t rows_per_req;
+  int32_t rows, width;
   bool wide_table_rows;
 };
 
@@ -23,12 +24,15 @@ SGLK_HOST_DEVICE int32_t row_length(const RowTables& p, int32_t row) {
   return length > 0 ? length : 0;
 }
 
-// Which table a row reads.
-SGLK_HOST_DEVICE int64_t table_index(const RowTables& p, int32_t row) {
-  if (p.table_rows == nullptr) return row;
-  const int64_t request = (p.first_row + row) / p.rows_per_req;
+// Which table a request's rows read, where there are table_rows.
+SGLK_HOST_DEVICE int64_t table_of_request(const RowTables& p, uint32_t request) {
   return p.wide_table_rows ? static_cast<const int64_t*>(p.table_rows)[request]
                            : static_cast<const int32_t*>(p.table_rows)[request];
+}
+
+// Which table a row reads.
+SGLK_HOST_DEVICE int64_t table_index(const RowTables& p, int32_t row) {
+  return p.table_rows == nullptr ? row : table_of_request(p, (p.first_row + row) / p.rows_per_req);
 }
 
 SGLK_HOST_DEVICE const int32_t* table_of(const RowTables& p, int32_t row) {

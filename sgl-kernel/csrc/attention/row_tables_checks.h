@@ -42,7 +42,7 @@ inline RowTables check_row_tables(const char* op, TensorView& page_table, Tensor
   tables.page_table = reinterpret_cast<int32_t*>(page_table.data), tables.table_stride = page_table.row_stride;
   tables.table_rows = table_rows.data, tables.wide_table_rows = table_rows.element_size == 8;
   tables.lengths = reinterpret_cast<int32_t*>(lengths.data);
-  tables.first_row = first_row, tables.rows_per_req = static_cast<int32_t>(rows_per_req);
+  tables.first_row = static_cast<uint32_t>(first_row), tables.rows_per_req = static_cast<uint32_t>(rows_per_req);
   tables.rows = static_cast<int32_t>(rows), tables.width = static_cast<int32_t>(width);
   return tables;
 }

@@ -14,14 +14,15 @@ def index_scores(
     index_weights: torch.Tensor,  # [T, Hi], float32
     index_k: torch.Tensor,  # [slots, Di], bfloat16
     page_table: torch.Tensor,  # [R, >= width], int32: slot of each position
-    table_rows: torch.Tensor | None,  # [requests], int32 or int64: rows of the page table; None: row t's is t
+    table_rows: torch.Tensor | None,  # int32 or int64: rows of the page table; None: row t's is t
     lengths: torch.Tensor,  # [T], int32: keys of each row
     scores: torch.Tensor,  # [T, >= width], float32: written below each row's length, where that is > topk
     *,
     width: int,  # keys of a row beyond it do not count
     topk: int,  # rows with so many keys or fewer need no scores
     first_row: int = 0,  # of the T rows among those of all requests
-    rows_per_req: int = 1,  # row t is of request (first_row + t) // rows_per_req
+    rows_per_req: int
+    | None = None,  # row t has table_rows[(first_row + t) // rows_per_req]; None: [T], in runs
 ) -> None:
     """scores[t, s] = sum_h index_weights[t, h] * relu(q_index[t, h] . k[s]), in float32, k[s] the key of the
     slot at position s. A product that is NaN counts as 0.

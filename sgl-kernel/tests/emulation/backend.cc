@@ -60,7 +60,7 @@ void launch_topk_slots(const TopkSlotsParams& params, const TopkLevel& level, co
 
 bool serves_index_scores(int32_t) { return true; }
 
-void launch_index_scores(const IndexScoresParams& params, const IndexScoresGrid&, const Stream&) {
+void launch_index_scores(const IndexScoresParams& params, const RowBlocks&, const Stream&) {
   for (int32_t row = 0; row < params.rows; ++row) write_index_scores(params, row);
 }
 
