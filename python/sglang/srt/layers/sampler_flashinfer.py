@@ -27,6 +27,7 @@ def select_keep_mask(name: str, device: torch.device) -> KeepMask:
         raise ValueError(f"sampling backend must be auto, torch or flashinfer, got {name!r}")
     if name == "torch" or (name == "auto" and device.type != "cuda"):
         return keep_mask
+    logger.info("sampling: loading flashinfer's kernels, which its first start compiles in a minute or two")
     try:
         chosen = FlashInferKeepMask(device)
     except ImportError as error:
