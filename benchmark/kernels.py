@@ -215,7 +215,7 @@ class Bench:
                         yield self.measurement("index", case, name, us, work, error)
 
     def implementations_of_index(self) -> Iterator[Callable[..., torch.Tensor]]:
-        """On CUDA with the kernel library's top-k, where it is there, and with Triton's."""
+        """On CUDA with the kernel library's kernels, where they are there, and with Triton's."""
         if self.device.type == "cpu":
             yield indexer.select_topk
             return

@@ -57,9 +57,13 @@ def plain_select(inputs: SelectInputs, topk: int) -> torch.Tensor:
 
 def check_select(case: SelectCase, name: str, select_topk: Callable[..., torch.Tensor] | None = None) -> None:
     ops = implementation(name, case.dtype)
+    check_selection(case, select_topk or ops.select_topk, ops.device)
+
+
+def check_selection(case: SelectCase, select_topk: Callable[..., torch.Tensor], device: str) -> None:
     inputs = select_inputs(case)
     for width in {max([1, *case.lengths]), case.columns}:
-        slots = (select_topk or ops.select_topk)(*inputs.on(ops.device), case.topk, width)
+        slots = select_topk(*inputs.on(device), case.topk, width)
         assert slots.dtype == torch.int32
         assert torch.equal(slots.cpu(), plain_select(inputs, case.topk))
 
@@ -77,7 +81,7 @@ def test_select_topk(case: SelectCase, name: str) -> None:
     ids=lambda case: case.name,
 )
 def test_select_topk_with_the_kernel_library(case: SelectCase, name: str) -> None:
-    """What a server selects with: Triton's scores, and the library's top-k."""
+    """What a server selects with: the library's top-k, and its scores of the sizes that they serve."""
     from sglang.srt.layers.attention.registry import triton_indexer
 
     select_topk = triton_indexer(torch.device(DEVICE[name]))
@@ -87,8 +91,53 @@ def test_select_topk_with_the_kernel_library(case: SelectCase, name: str) -> Non
     check_select(case, name, select_topk)
 
 
+LIBRARY_CASES = [
+    SelectCase("around_topk", [0, 15, 16, 17, 64, 65, 80], heads=64, dim=128, dtype=torch.bfloat16),
+    SelectCase("32 heads", [80, 3, 40], heads=32, dim=128, dtype=torch.bfloat16, values=1),
+    SelectCase(
+        "prefill_of_two",
+        [*range(30, 40), *range(1, 20)],
+        *(16, 64, 128, 80),
+        table_rows=[1] * 10 + [0] * 19,
+        dtype=torch.bfloat16,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", LIBRARY_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS[-1:])
-def test_without_the_kernel_library_the_topk_is_tritons(
+@pytest.mark.parametrize("chunk_elements", [1 << 26, 200])
+def test_select_topk_of_the_sizes_that_the_kernel_library_serves(
+    chunk_elements: int, name: str, case: SelectCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No kernel of Triton's is launched."""
+    from sgl_kernel import serves_index_scores
+    from sglang.srt.layers.attention.nsa import index_scores_triton, indexer_triton, topk_triton
+    from sglang.srt.layers.attention.registry import triton_indexer
+
+    device = torch.device(DEVICE[name])
+    if not serves_index_scores(device, case.dtype, case.heads, case.dim):
+        pytest.skip(f"the library's index scores need Hopper, not {device}")
+    monkeypatch.setattr(index_scores_triton, "index_scores", None)
+    monkeypatch.setattr(topk_triton, "topk_slots", None)
+    monkeypatch.setattr(indexer_triton, "CHUNK_ELEMENTS", chunk_elements)
+    check_selection(case, triton_indexer(device), DEVICE[name])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS[-1:])
+def test_the_choice_of_index_scores_is_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    from sgl_kernel import serves_index_scores
+    from sglang.srt.layers.attention import registry
+
+    device = torch.device(DEVICE[name])
+    served = serves_index_scores(device, torch.bfloat16, 64, 128)
+    with caplog.at_level("INFO", registry.__name__):
+        registry.triton_indexer.__wrapped__(device)
+    assert f"index scores: {'the kernel library' if served else 'Triton'}'s" in caplog.text
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS[-1:])
+def test_without_the_kernel_library_scores_and_topk_are_tritons(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from sglang.srt.layers.attention import registry

@@ -45,8 +45,6 @@ class BodyReader:
         except asyncio.TimeoutError:
             message = f"the body did not arrive within {READ_TIMEOUT:.0f} s"
             raise RequestError(408, message) from None
-        except asyncio.CancelledError:
-            raise RequestError(503, "the server is shutting down") from None
         finally:
             self._buffered -= len(body)
 

@@ -62,16 +62,22 @@ def _torch_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttent
 
 @functools.cache
 def triton_indexer(device: torch.device) -> Callable[..., torch.Tensor]:
-    """`select_topk` with the kernel library's top-k, or with Triton's where the library is missing."""
+    """`select_topk` with the kernel library's kernels, or with Triton's where the library is missing."""
     from sglang.srt.layers.attention.nsa.indexer_triton import select_topk
     from sglang.srt.layers.attention.nsa.kernels import load_kernels
 
     try:
-        topk_slots = load_kernels(device.type).topk_slots
+        library = load_kernels(device.type)
     except ImportError as reason:
-        logger.warning("the indexer's top-k is Triton's, which is slower: %s", reason)
+        logger.warning("the indexer's scores and top-k are Triton's, which are slower: %s", reason)
         return select_topk
-    return functools.partial(select_topk, topk_slots=topk_slots)
+    if library.serves_index_scores(device, torch.bfloat16, 64, 128):
+        logger.info(
+            "index scores: the kernel library's for bfloat16 with 32 or 64 heads of 128, else Triton's"
+        )
+    else:
+        logger.info("index scores: Triton's; the kernel library's need Hopper, and a library built for sm_90")
+    return functools.partial(select_topk, library=library)
 
 
 def _triton_ops(dims: AttentionDims | None, device: torch.device) -> SparseAttentionOps:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-_OLDEST = 10  # ABI version: a library before it does not know all that the core asks for
+_OLDEST = 11  # ABI version: a library before it does not know all that the core asks for
 
 
 def load_kernels(device_type: str) -> ModuleType:
