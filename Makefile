@@ -44,7 +44,7 @@ $(VENV)/.torch: $(CONSTRAINTS)
 $(VENV)/.nvcc: $(VENV)/.torch
 	@case "$$($(TORCH_CUDA))" in \
 	13.*) echo "== installing a CUDA compiler: no nvcc was found" && \
-		$(BIN)/python -m pip install --progress-bar on $(PINS) "cuda-toolkit[nvcc,cccl]" && \
+		$(BIN)/python -m pip install --progress-bar on $(PINS) "cuda-toolkit[nvcc,nvvm,crt,cccl]" && \
 		cuda="$$($(BIN)/python -c 'import nvidia.cu13 as cuda; print(*cuda.__path__)')" && \
 		ln -sfn lib "$$cuda/lib64" && ln -sfn libcudart.so.13 "$$cuda/lib/libcudart.so" && ln -sfn "$$cuda" $(VENV)/cuda;; \
 	None) echo "NOTE: a GPU is seen, but the torch of this package index is built without CUDA" >&2;; \

@@ -56,6 +56,15 @@ def test_a_compiler_is_installed_where_a_gpu_has_none(
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_parts_of_the_compiler_are_of_one_release(tmp_path: Path) -> None:
+    """Bug: nvcc takes any nvvm and crt, pip took the newest, and ptxas refused what that nvvm had written."""
+    for name in ("sh", "find", "grep"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    (parts,) = re.findall(r"cuda-toolkit\[([\w,]+)\]", setup_commands("1", str(tmp_path)))
+    assert {"nvcc", "nvvm", "crt"} <= set(parts.split(","))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_without_a_gpu_nothing_of_it_is_installed() -> None:
     assert not any(name in setup_commands("0") for name in extra())
 
