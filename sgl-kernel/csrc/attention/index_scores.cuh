@@ -33,11 +33,13 @@ __device__ __forceinline__ int count_tiles(const IndexScoresParams& p, const Row
   const RowRange rows = rows_of(p, blocks, index);
   if (rows.begin >= rows.end) return 0;
   int keys[kRows], table[kRows];
+  const int of_all =
+      blocks.in_runs ? 0 : static_cast<int>(table_index(p, rows.begin));  // a `Run` finds it in the cache
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = min(rows.begin + r, rows.end - 1);
-    keys[r] = scored_keys(p, row),
-    table[r] = blocks.in_runs ? static_cast<int>(table_of_request(p, p.first_row + row)) : 0;
+    keys[r] = scored_keys(p, row);
+    table[r] = blocks.in_runs ? static_cast<int>(table_of_request(p, p.first_row + row)) : of_all;
   }
   int tiles = 0, longest = keys[0];
 #pragma unroll
@@ -200,10 +202,13 @@ struct KeyTile {
 
 // ---- scores
 
-// Begins a row's products. `q` is the address of its first half in descriptors, the second is `to_second_half` further.
+// Begins a row's products. `q` is lane 0's: the address of the row's first half in descriptors, the second is
+// `to_second_half` further. It is handed to all lanes here, so that the compiler computes descriptors in the registers
+// that a warp has one of, where the products want them.
 template <int kHeads>
 __device__ __forceinline__ void start_products(const KeyTile& tile, uint32_t q, uint32_t to_second_half,
                                                Products<kHeads>& products) {
+  q = __shfl_sync(~0u, q, 0);
   begin_products(products);
 #pragma unroll
   for (int s = 0; s < 8; ++s) {
@@ -290,7 +295,7 @@ __device__ __forceinline__ void score_run(const IndexScoresParams& p, const Quer
                                           const Run& run, int first_row, KeyTiles& tiles, int key, int last) {
   constexpr int kHalf = Queries<kHeads, kRows>::kHalfBytes >> 4, kPairs = (kRows + 1) / 2;
   const float* const weights = queries.weights + threadIdx.x % 4 * queries.kWeights;
-  const uint32_t address = descriptor_address(queries.q);
+  const uint32_t address = threadIdx.x % 32 == 0 ? descriptor_address(queries.q) : 0;
   const int own_key = key_in_tile() + has_second_key();  // whose scores the lane writes
   int limit[kPairs];                                     // of each row that the lane writes, for the tile's first key
 #pragma unroll
@@ -300,13 +305,12 @@ __device__ __forceinline__ void score_run(const IndexScoresParams& p, const Quer
 #pragma unroll 1
   for (; key < last; key += KeyTiles::kStep) {
     const KeyTile tile(tiles.loaded);
-    const uint32_t q = __shfl_sync(~0u, address, 0);  // known to be the same for all lanes, as a descriptor must be
     Products<kHeads> products[2];
     float part[2][2];
-    start_products(tile, q, kRows * kHalf, products[0]);
+    start_products(tile, address, kRows * kHalf, products[0]);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      if (row + 1 < kRows) start_products(tile, q + (row + 1) * kHalf, kRows * kHalf, products[(row + 1) % 2]);
+      if (row + 1 < kRows) start_products(tile, address + (row + 1) * kHalf, kRows * kHalf, products[(row + 1) % 2]);
       if (row + 1 < kRows) {
         wait_products<1>(products[row % 2]);
       } else {
