@@ -300,8 +300,8 @@ def test_null_and_wide_seeds_are_taken(client: httpx.Client) -> None:
 
 
 def test_errors_name_the_users_field(client: httpx.Client) -> None:
-    """Bug: paths held names of classes."""
+    """Bugs: paths held names of classes; what was wrong in `sampling_params` "should be an array"."""
     for name, value in (("n", 0), ("stop_token_ids", ["x"]), ("top_p", 7), ("nonsense", 1), ("n", "x")):
         error = client.post(GENERATE, json=params(**{name: value})).json()["error"]
         assert error["param"].startswith(f"sampling_params.{name}"), error
-        assert "Generate" not in error["message"], error
+        assert "Generate" not in error["message"] and "array" not in error["message"], error

@@ -104,10 +104,10 @@ def _request_error(error: ValidationError) -> RequestError:
         name = first["ctx"]["param"]
         full = f"{param}.{name}" if param else name
         return RequestError.bad(first["msg"].replace(name, full, 1), full)
-    # A union reports each of its members.
-    same = dict.fromkeys(d["msg"] for d in details if d["loc"][:1] == first["loc"][:1])
-    value = shown(first["input"])
-    return RequestError.bad(f"{param or 'body'}: {', or '.join(same)}; got {value}", param or None)
+    # A union reports each of its members; those that the value is not at all say nothing about its parts.
+    inside = [d for d in details if f"{_path(d['loc'])}.".startswith(f"{param}.")]
+    expected = ", or ".join(dict.fromkeys(d["msg"] for d in inside))
+    return RequestError.bad(f"{param or 'body'}: {expected}; got {shown(first['input'])}", param or None)
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
