@@ -19,6 +19,14 @@ VALUES = {
     "zero": lambda g, *shape: torch.zeros(shape),
     "mostly zero": lambda g, *shape: torch.randn(shape, generator=g).sub(1).relu(),
     "close": lambda g, *shape: torch.randn(shape, generator=g) * 1e-3 + 11,  # one exponent
+    "outliers": lambda g, *shape: (
+        torch.randn(shape, generator=g) * 10.0 ** torch.randint(-8, 9, shape, generator=g)
+    ),
+    "lowest": lambda g, *shape: (
+        torch.randn(shape, generator=g)
+        .clamp(min=0.3)
+        .masked_fill(torch.rand(shape, generator=g) < 0.5, torch.finfo(torch.float32).min)
+    ),
     "ties": lambda g, *shape: torch.randint(-9, 9, shape, generator=g).float(),
     "ascending": lambda g, *shape: torch.arange(shape[1]).float().expand(shape),
     "descending": lambda g, *shape: -torch.arange(shape[1]).float().expand(shape),
@@ -108,6 +116,7 @@ CASES = [
     Case([31, 32, 33, 34, 35], 16, 80, table_rows=[0, 0, 3, 1], rows_per_req=3, first_row=5),
     Case([9000, 8999], 4100, 9001, "ties"),  # more than shared memory holds positions of
     Case([513] * 130, 64, 515, "mostly zero"),  # many rows: small blocks
+    Case([7168, 7165, 7000, 4100] * 32, 2048, 7168, "mostly zero", table_rows=[0] * 128),
     Case([8192, 8191, 8188, 6000] * 32, 2048, 8192, "close", table_rows=[0] * 128),
 ]
 LONG_CASES = [

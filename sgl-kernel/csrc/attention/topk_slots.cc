@@ -68,13 +68,15 @@ TensorHandle empty_candidates(const Call& call, int64_t stride) {
   return TensorHandle(handle);
 }
 
-// The smallest block that holds a row. Where none does, many rows have smaller ones, of which an SM has several; as
-// measured (docs/results/2026-11-21-h200-prefill).
+// The smallest block that holds a row; for few rows a large one, as each should be fast. Where none holds it, many rows
+// have those of which a multiprocessor runs two. As measured (docs/results/2026-11-21-h200-prefill).
 TopkBlock choose_block(int64_t rows, int64_t width) {
-  for (const TopkBlock& block : kTopkBlocks) {
-    if (width <= block.keys()) return block;
+  constexpr int kFirstLarge = 2, kMiddle = 3, kLast = 4;
+  const bool many = rows >= kManyRows;
+  for (int b = many ? 0 : kFirstLarge; b < kLast; ++b) {
+    if (width <= kTopkBlocks[b].keys()) return kTopkBlocks[b];
   }
-  return rows < kManyRows ? kTopkBlocks[2] : kTopkBlocks[1];
+  return kTopkBlocks[many && width > kTopkBlocks[kLast].keys() ? kMiddle : kLast];
 }
 
 // One launch after the other, until a row as wide as can be fits a block.

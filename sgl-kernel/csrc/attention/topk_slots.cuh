@@ -1,94 +1,65 @@
 // The kernel of the top-k: the slots of each row's highest scores, by position.
 //
-// A block holds a piece of a row in its registers, so that scores are read once. It finds the last key that is selected
-// digit by digit (a radix select: a histogram of the keys that share the digits found so far), then writes what is
-// selected in order. A row of several pieces takes another launch: each piece leaves its own best, in order, as
-// candidates, which are the row of the next launch.
+// A block holds a piece of a row in its registers, so that scores are read once. Where the last selected score lies is
+// found by a histogram over a range that a sample suggests; of its bin, which has few scores, each is ranked. Where it
+// has many, they are one value or the search goes on among them. What is selected is then a set in each thread, whose
+// slots are written in order. A row of several pieces takes another launch: each piece leaves its own best, in order,
+// as candidates, which are the row of the next launch.
+//
+// What bounds it are instructions, so a score takes as few as can be: it is binned by two multiplications, as it is,
+// and only those of one bin become integers in the order of all scores (`descending_key`).
 #pragma once
 
 #include <cstdint>
 
 #include "attention/dependent_launch.cuh"
+#include "attention/topk_sets.cuh"
 #include "attention/topk_slots.h"
 
 namespace sgl_kernel {
 
-constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
+constexpr uint32_t kBinZero = 0x4B000000;  // 2^23 as float32, whose last bits count
+constexpr uint32_t kListed = 32;           // scores of a bin that are ranked one by one: a lane for each
 
-// The sum over the lanes up to this one.
-__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t mine) {
-  const int lane = static_cast<int>(threadIdx.x) & 31;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t left = __shfl_up_sync(~0u, mine, step);
-    mine += lane >= step ? left : 0;
-  }
-  return mine;
-}
+// Bins of equal width in a range of scores, the first for the best. Those of better and of worse scores are in the
+// first and the last; a NaN is in the first.
+struct Range {
+  float scale = 0, offset = 0;  // of all in the first bin
 
-// The sum over the warps before this one. One barrier.
-template <int kWarps>
-__device__ __forceinline__ uint32_t sum_of_warps_before(uint32_t warp_total, uint32_t (&totals)[kWarps]) {
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-  if (lane == 0) totals[warp] = warp_total;
-  __syncthreads();
-  return __reduce_add_sync(~0u, lane < warp ? totals[lane] : 0u);
-}
-
-// The keys of a piece: of each warp a run of vectors of 4 for each lane, as few as the piece's length needs.
-template <int kThreads, int kVectors>
-struct Keys {
-  uint32_t key[kVectors][4];
-  int32_t vectors;           // of a thread
-  uint32_t lowest, highest;  // of the thread's keys
-
-  // Whether the thread has a v-th vector; the same for all threads.
-  __device__ __forceinline__ bool has(int v) const { return v < vectors; }
-
-  // Position of the thread's first key.
-  __device__ __forceinline__ int32_t begin() const {
-    const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-    return 128 * vectors * warp + 4 * lane;
+  __device__ __forceinline__ Range() = default;
+  __device__ __forceinline__ Range(float best, float worst) {
+    const float range = fmaxf(best - worst, fmaxf(1e-3f * fabsf(best), 1e-30f));  // for which float32 has digits
+    if (!(range < 1e30f)) return;
+    scale = -__frcp_rn(1.5f * range);  // a quarter wider on each side
+    offset = __fmaf_rn(best, -scale, 1.f / 6);
   }
 
-  __device__ __forceinline__ void load(const uint32_t* scores, int32_t length) {
-    vectors = (length + 4 * kThreads - 1) / (4 * kThreads);
-    lowest = ~0u, highest = 0;
-    const uint32_t* const from = scores + begin();
-    const int32_t left = length - begin();  // keys from there on
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      uint4 four{~0u, ~0u, ~0u, ~0u};  // the last key, which stands behind all others
-      if (has(v) && left >= 128 * v + 4) four = *reinterpret_cast<const uint4*>(from + 128 * v);
-      key[v][0] = four.x, key[v][1] = four.y, key[v][2] = four.z, key[v][3] = four.w;
-    }
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (!has(v)) continue;
-      if (left > 128 * v && left < 128 * v + 4) {  // memory behind the last key is not read
-#pragma unroll
-        for (int e = 0; e < 3; ++e) {
-          if (left > 128 * v + e) key[v][e] = from[128 * v + e];
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        key[v][e] = descending_key(key[v][e]);
-        lowest = min(lowest, key[v][e]);
-        if (left > 128 * v + e) highest = max(highest, key[v][e]);
-      }
-    }
+  // 2^23 + the bin, which is then in the low bits.
+  __device__ __forceinline__ float at(float score, int bins) const {
+    return __fmaf_rn(__saturatef(__fmaf_rn(score, scale, offset)), static_cast<float>(bins - 1),
+                     __uint_as_float(kBinZero));
   }
 };
 
-// Which keys are selected: those below `key`, and the first `equals` that equal it.
-struct Threshold {
-  uint32_t key;
-  uint32_t equals;
+template <int kThreads, int kBins>
+struct TopkShared {
+  union {
+    alignas(16) uint32_t bins[kBins];
+    uint16_t picked[kMaxTopk];  // positions in the piece
+  };
+  alignas(16) uint64_t list[kListed];
+  uint32_t lowest[kThreads / 32], highest[kThreads / 32];  // by warp, like the next
+  uint32_t binned[kThreads / 32], better[kThreads / 32], equals[kThreads / 32], selected[kThreads / 32];
+  uint32_t listed;
+  uint32_t unordered;           // not 0: there are infinities or NaNs
+  float worst;                  // of the sample
+  uint32_t bin, before, count;  // in which the last selected score lies; scores before it, in it
+  TopkPiece piece;              // kept here until they are needed
+  const int32_t* table;
 };
 
 // A histogram's counters. Their address stays in a register: the compiler, if it knew it, would ask for it at every
-// key.
+// score.
 struct Counters {
 #if defined(__CUDA_ARCH__)
   uint32_t address;
@@ -106,223 +77,277 @@ struct Counters {
 #endif
 };
 
-// Writes the first ranks, of which rank r is at position(r). Loads of several ranks are in flight.
-template <int kThreads, typename Position>
-__device__ __forceinline__ void write_ranks(const TopkPiece& piece, int32_t ranks, Position position) {
-  constexpr int kLoads = 4;
-  for (int32_t first = static_cast<int32_t>(threadIdx.x); first < ranks; first += kLoads * kThreads) {
-    int32_t slot[kLoads];
-    uint32_t score[kLoads];
+template <int kThreads, int kBins>
+__device__ __forceinline__ void empty_bins(TopkShared<kThreads, kBins>& shared) {
 #pragma unroll
-    for (int u = 0; u < kLoads; ++u) {
-      const int32_t rank = first + u * kThreads;
-      if (rank >= ranks) continue;
-      slot[u] = piece.table[position(rank)];
-      if (piece.best_scores != nullptr) score[u] = piece.scores[position(rank)];
-    }
-#pragma unroll
-    for (int u = 0; u < kLoads; ++u) {
-      const int32_t rank = first + u * kThreads;
-      if (rank >= ranks) continue;
-      piece.slots[rank] = slot[u];
-      if (piece.best_scores != nullptr) piece.best_scores[rank] = score[u];
-    }
+  for (int first = 0; first < kBins; first += 4 * kThreads) {
+    const int b = first + 4 * static_cast<int>(threadIdx.x);
+    if (b < kBins) *reinterpret_cast<uint4*>(shared.bins + b) = uint4{0, 0, 0, 0};
   }
 }
 
-template <int kThreads>
-struct TopkShared {
-  union {
-    alignas(16) uint32_t bins[kBins];
-    uint16_t picked[kMaxTopk];  // positions in the piece
-  };
-  uint32_t warp_totals[2][kThreads / 32];
-  uint32_t digit, before, count;  // of the bin in which the last selected key lies
-  TopkPiece piece;                // kept here until it is needed
-};
-
-// The bin that holds the need-th key, into `shared`; empties the bins. Three barriers.
-template <int kThreads>
-__device__ __forceinline__ void find_bin(TopkShared<kThreads>& shared, uint32_t need) {
+// The bin that holds the need-th score, into `shared`. Three barriers.
+template <int kThreads, int kBins>
+__device__ __forceinline__ void find_bin(TopkShared<kThreads, kBins>& shared, uint32_t need) {
   constexpr int kOwn = kBins / kThreads;
   const int first = static_cast<int>(threadIdx.x) * kOwn;
   __syncthreads();
-  uint32_t sum = 0;
+  uint32_t own[kOwn], sum = 0;
 #pragma unroll
-  for (int b = 0; b < kOwn; ++b) sum += shared.bins[first + b];
+  for (int b = 0; b < kOwn; ++b) own[b] = shared.bins[first + b], sum += own[b];
   const uint32_t end = warp_inclusive_sum(sum), total = __shfl_sync(~0u, end, 31);
-  uint32_t before = sum_of_warps_before(total, shared.warp_totals[0]) + end - sum;
+  uint32_t before = sum_warps(total, shared.binned).before + end - sum;
+  if (before < need && need <= before + sum) {
 #pragma unroll
-  for (int b = 0; b < kOwn; ++b) {
-    const uint32_t count = shared.bins[first + b];
-    shared.bins[first + b] = 0;
-    if (before < need && need <= before + count) {
-      shared.digit = static_cast<uint32_t>(first + b), shared.before = before, shared.count = count;
+    for (int b = 0; b < kOwn; ++b) {
+      if (before < need && need <= before + own[b]) {
+        shared.bin = static_cast<uint32_t>(first + b), shared.before = before, shared.count = own[b];
+      }
+      before += own[b];
     }
-    before += count;
   }
   __syncthreads();
 }
 
-// The lowest and the highest key of all threads, given those of each; ends with a barrier that `bins` may rely on.
-template <int kThreads>
-__device__ __forceinline__ void block_range(TopkShared<kThreads>& shared, uint32_t& lowest, uint32_t& highest) {
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5;
-  lowest = __reduce_min_sync(~0u, lowest), highest = __reduce_max_sync(~0u, highest);
-  if (lane == 0) shared.warp_totals[0][warp] = lowest, shared.warp_totals[1][warp] = highest;
-  __syncthreads();
-  const int source = lane % (kThreads / 32);
-  lowest = __reduce_min_sync(~0u, shared.warp_totals[0][source]);
-  highest = __reduce_max_sync(~0u, shared.warp_totals[1][source]);
-}
-
-// Counts a digit of each key in base .. base + limit - 1.
-template <int kThreads, int kVectors>
-__device__ __forceinline__ void count_digits(const Keys<kThreads, kVectors>& keys, const Counters& counters,
-                                             uint32_t base, uint32_t limit, int shift) {
+// The topk best if the last of them is in a bin of few scores: those are listed with their places, and ranked by each
+// warp. One barrier.
+template <int kThreads, int kVectors, int kBins>
+__device__ __forceinline__ Set rank_bin(Scores<kThreads, kVectors>& scores, TopkShared<kThreads, kBins>& shared,
+                                        const Range& range, float bin, uint32_t topk) {
+  Set set = 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    if (!keys.has(v)) continue;
-    uint32_t rest[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) rest[e] = keys.key[v][e] - base;
-    if (min(min(rest[0], rest[1]), min(rest[2], rest[3])) >= limit) continue;
+    if (v >= scores.vectors) break;
+    bool in[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (rest[e] < limit) counters.add(rest[e] >> shift);
+      const float its = range.at(scores.score[v][e], kBins);
+      in[e] = its == bin;
+      set |= its <= bin ? Set{1} << (4 * v + e) : 0;
+    }
+    if (!(in[0] | in[1] | in[2] | in[3])) continue;
+    uint32_t next = atomicAdd(&shared.listed, in[0] + in[1] + in[2] + in[3]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (!in[e]) continue;
+      const uint32_t place = static_cast<uint32_t>(scores.position(4 * v + e));
+      shared.list[next++] = static_cast<uint64_t>(descending_key(__float_as_uint(scores.score[v][e]))) << 32 | place;
     }
   }
+  __syncthreads();
+  const uint32_t listed = shared.listed;
+  const uint64_t mine = lane_id() < static_cast<int32_t>(listed) ? shared.list[lane_id()] : 0;
+  uint32_t rank = 0;
+#pragma unroll 4
+  for (uint32_t i = 0; i < listed; ++i) rank += shared.list[i] < mine;
+  const uint32_t offset = static_cast<uint32_t>(mine) - static_cast<uint32_t>(scores.first);  // in the warp's run
+  const bool dropped = shared.before + rank >= topk && offset < 128u * static_cast<uint32_t>(scores.vectors);
+  for (uint32_t left = __ballot_sync(~0u, dropped); left != 0; left &= left - 1) {
+    const uint32_t one = __shfl_sync(~0u, offset, __ffs(static_cast<int>(left)) - 1);
+    if (static_cast<int32_t>(one / 4 % 32) == lane_id()) set &= ~(Set{1} << (one / 128 * 4 + one % 4));
+  }
+  return set;
 }
 
-// The topk lowest keys of a piece that has more, from the highest digit on; ends early where a bin is taken whole. The
-// first digit is taken of the distance from the lowest key, and is the highest that the keys' range has: so the keys,
-// which often have one exponent, are spread over the bins, and only few of them have a second digit to be counted.
-template <int kThreads, int kVectors>
-__device__ __forceinline__ Threshold find_threshold(const Keys<kThreads, kVectors>& keys, TopkShared<kThreads>& shared,
-                                                    uint32_t topk) {
-  uint32_t base = keys.lowest, highest = keys.highest, need = topk;
-  block_range(shared, base, highest);  // from here on the bins are empty, too
+// The need-th of the integer keys in first .. last that stand in the scores' place, by digits of the distance from the
+// lowest that is left. How many of its equals are selected, or 0: all.
+struct LastKey {
+  uint32_t key, equals;
+};
+template <int kThreads, int kVectors, int kBins>
+__device__ __forceinline__ LastKey find_key(Scores<kThreads, kVectors>& keys, TopkShared<kThreads, kBins>& shared,
+                                            uint32_t need, uint32_t first, uint32_t last) {
   const Counters counters(shared.bins);
-  int shift = 32 - kDigitBits - __clz(static_cast<int>((highest - base) | 1));
-  shift = shift > 0 ? shift : 0;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    if (!keys.has(v)) continue;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {  // what lies beyond the range is no key of the piece, and may stand in the last bin
-      counters.add(min((keys.key[v][e] - base) >> shift, static_cast<uint32_t>(kBins - 1)));
-    }
-  }
 #pragma unroll 1
   for (;;) {
+    uint32_t lowest = ~0u, highest = 0;
+    keys.each([&](float bits, int) {
+      const uint32_t key = __float_as_uint(bits);
+      if (key - first <= last - first) lowest = min(lowest, key), highest = max(highest, key);
+    });
+    lowest = __reduce_min_sync(~0u, lowest), highest = __reduce_max_sync(~0u, highest);
+    __syncthreads();
+    if (lane_id() == 0) shared.lowest[warp_id()] = lowest, shared.highest[warp_id()] = highest;
+    empty_bins(shared);
+    __syncthreads();
+    first = __reduce_min_sync(~0u, shared.lowest[lane_id() % (kThreads / 32)]);
+    last = __reduce_max_sync(~0u, shared.highest[lane_id() % (kThreads / 32)]);
+    if (first == last) return {last, need};
+    const int shift = max(0, __clz(kBins) + 1 - __clz(static_cast<int>(last - first)));
+    keys.each([&](float bits, int) {
+      const uint32_t rest = __float_as_uint(bits) - first;
+      if (rest <= last - first) counters.add(rest >> shift);
+    });
     find_bin(shared, need);
-    base += shared.digit << shift;
     need -= shared.before;
-    if (need == shared.count) return {base + (1u << shift), 0};
-    if (shift == 0) return {base, need};
-    const uint32_t limit = 1u << shift;
-    shift = shift > kDigitBits ? shift - kDigitBits : 0;
-    count_digits(keys, counters, base, limit, shift);
+    first += shared.bin << shift;
+    last = min(last, first + ((1u << shift) - 1));
+    if (need == shared.count) return {last, 0};
   }
 }
 
-// Of several keys that equal the threshold only the first are selected: changes them so that all that are selected, and
-// no others, are below the key that is returned. One barrier.
-template <int kThreads, int kVectors>
-__device__ __forceinline__ uint32_t separate_equals(Keys<kThreads, kVectors>& keys, TopkShared<kThreads>& shared,
-                                                    const Threshold& last) {
-  const uint32_t lowest = last.key == 0;  // below which there is none
-  uint32_t mine = 0;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) mine += keys.has(v) && keys.key[v][e] == last.key;
+// What is selected: all of `better`, and of `equal`, of which `before` are in the warps before, the first `quota`.
+template <int kVectors>
+struct Split {
+  Set better, equal = 0;
+  uint32_t before = 0, quota = 0;
+
+  __device__ __forceinline__ Set selected(int32_t vectors) const {
+    if (before >= quota) return better;
+    if (before + __reduce_add_sync(~0u, size_of(equal)) <= quota) return better | equal;
+    Set set = better;
+    Places<kVectors>(equal).each(equal, vectors, before,
+                                 [&](int bit, uint32_t rank) { set |= rank < quota ? Set{1} << bit : 0; });
+    return set;
   }
-  uint32_t before = sum_of_warps_before(__reduce_add_sync(~0u, mine), shared.warp_totals[1]);
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    if (!keys.has(v)) continue;
-    uint32_t own = 0;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) own += keys.key[v][e] == last.key;
-    const uint32_t end = warp_inclusive_sum(own);
-    uint32_t rank = before + end - own;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (keys.key[v][e] != last.key) continue;
-      keys.key[v][e] = rank++ < last.equals ? last.key - 1 + lowest : last.key + lowest;
-    }
-    before += __shfl_sync(~0u, end, 31);
-  }
-  return last.key + lowest;
+};
+
+// Where the last selected score is the worst of the sample, else false: often many are that, a ReLU's zero.
+template <int kThreads, int kVectors, int kBins>
+__device__ __forceinline__ bool split_at_worst(Scores<kThreads, kVectors>& scores, TopkShared<kThreads, kBins>& shared,
+                                               uint32_t topk, Split<kVectors>& split) {
+  const float worst = shared.worst;
+  split.better = scores.where([&](float score) { return score > worst; });
+  split.equal = scores.where([&](float score) { return score == worst; });
+  const uint32_t better = sum_warps(__reduce_add_sync(~0u, size_of(split.better)), shared.better).all;
+  const WarpSums equals = sum_warps(__reduce_add_sync(~0u, size_of(split.equal)), shared.equals);
+  split.before = equals.before, split.quota = topk - better;
+  return better < topk && topk <= better + equals.all;
 }
 
-// Writes the slots of the keys below `bound`, of which there are topk, in order: positions are gathered in shared
-// memory first. Two barriers.
-template <int kThreads, int kVectors>
-__device__ __forceinline__ void write_selected(const Keys<kThreads, kVectors>& keys, TopkShared<kThreads>& shared,
-                                               uint32_t bound, int32_t topk) {
-  // Per vector a thread selects up to 4 keys, a warp up to 128: the counts of four vectors fit an integer.
-  constexpr int kGroups = (kVectors + 3) / 4;
-  uint32_t own[kGroups] = {}, end[kGroups], total[kGroups], sum = 0;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    if (!keys.has(v)) continue;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) own[v / 4] += keys.key[v][e] < bound ? 1u << v % 4 * 8 : 0u;
+// By integer keys: of the scores that are in the bin, or of all where `whole`.
+template <int kThreads, int kVectors, int kBins>
+__device__ __forceinline__ Split<kVectors> split_keys(Scores<kThreads, kVectors>& scores,
+                                                      TopkShared<kThreads, kBins>& shared, const Range& range,
+                                                      float bin, uint32_t topk, bool whole) {
+  const int32_t count = shared.piece.count;
+  scores.each([&](float& score, int bit) {
+    const float its = range.at(score, kBins);
+    uint32_t key = whole || its == bin ? descending_key(__float_as_uint(score)) : its < bin ? 0 : ~0u;
+    score = __uint_as_float(scores.position(bit) < count ? key : ~0u);
+  });
+  const LastKey last = find_key(scores, shared, whole ? topk : topk - shared.before, whole ? 0 : 1, ~0u - 1);
+  Split<kVectors> split{scores.where([&](float key) { return __float_as_uint(key) <= last.key; })};
+  if (last.equals == 0) return split;
+  split.equal = scores.where([&](float key) { return __float_as_uint(key) == last.key; });
+  split.better &= ~split.equal;
+  split.before = sum_warps(__reduce_add_sync(~0u, size_of(split.equal)), shared.equals).before;
+  split.quota = last.equals;
+  return split;
+}
+
+// The set of the topk best of a piece that has more.
+template <int kThreads, int kVectors, int kBins>
+__device__ __forceinline__ Set select_best(Scores<kThreads, kVectors>& scores, TopkShared<kThreads, kBins>& shared,
+                                           uint32_t sample, uint32_t topk) {
+  const uint32_t key = descending_key(sample);
+  const float best = __uint_as_float(bits_of_key(__reduce_min_sync(~0u, key)));
+  const float worst = __uint_as_float(bits_of_key(__reduce_max_sync(~0u, key)));
+  if (threadIdx.x == 0) shared.worst = worst;
+  const Range range(best, worst);
+  const Counters counters(shared.bins);
+  float unordered = 0;  // NaN once there is an infinity or a NaN
+  scores.each([&](float score, int) {
+    unordered = __fmaf_rn(score, 0.f, unordered);
+    counters.add(__float_as_uint(range.at(score, kBins)) - kBinZero);
+  });
+  if (unordered != 0) atomicOr(&shared.unordered, 1);
+  find_bin(shared, topk);
+  const bool whole = shared.unordered != 0;  // bins are in another order then
+  const float bin = __uint_as_float(kBinZero + shared.bin);
+  const bool last = shared.bin == kBins - 1;  // there stands what is behind the row's last score, too
+  if (!whole && !last && shared.count <= kListed) return rank_bin(scores, shared, range, bin, topk);
+  Split<kVectors> split;
+  const bool at_worst = !whole && !last && range.at(shared.worst, kBins) == bin;
+  if (!at_worst || !split_at_worst(scores, shared, topk, split)) {
+    split = split_keys(scores, shared, range, bin, topk, whole);
   }
+  return split.selected(scores.vectors);
+}
+
+// to[rank] = from[picked[rank]] for the ranks of a warp. Loads of several ranks are in flight.
+template <typename T>
+__device__ __forceinline__ void gather(T* to, const T* from, const uint16_t* picked, uint32_t begin, uint32_t end) {
+  constexpr int kLoads = 4;
+  uint32_t rank = begin + static_cast<uint32_t>(lane_id());
+#pragma unroll 1
+  for (; rank + 32 * (kLoads - 1) < end; rank += 32 * kLoads) {
+    T loaded[kLoads];
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    end[g] = warp_inclusive_sum(own[g]);
-    total[g] = __shfl_sync(~0u, end[g], 31);
-    const uint32_t pairs = (total[g] & 0x00FF00FF) + (total[g] >> 8 & 0x00FF00FF);
-    sum += (pairs & 0xFFFF) + (pairs >> 16);
+    for (int u = 0; u < kLoads; ++u) loaded[u] = from[picked[rank + 32 * u]];
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) to[rank + 32 * u] = loaded[u];
   }
-  uint32_t before = sum_of_warps_before(sum, shared.warp_totals[0]);
-  uint32_t position = static_cast<uint32_t>(keys.begin());
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v, position += 128) {
-    if (!keys.has(v)) continue;
-    uint32_t rank = before + ((end[v / 4] - own[v / 4]) >> v % 4 * 8 & 0xFF);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (keys.key[v][e] < bound) shared.picked[rank++] = static_cast<uint16_t>(position + e);
-    }
-    before += total[v / 4] >> v % 4 * 8 & 0xFF;
+#pragma unroll 1
+  for (; rank < end; rank += 32) to[rank] = from[picked[rank]];
+}
+
+// Writes the slots of the set in order. One barrier; each warp gathers its positions in shared memory first.
+template <int kThreads, int kVectors, int kBins>
+__device__ __forceinline__ void write_selected(const Scores<kThreads, kVectors>& scores,
+                                               TopkShared<kThreads, kBins>& shared, Set set) {
+  const Places<kVectors> places(set);
+  const uint32_t begin = sum_warps(places.warp_total, shared.selected).before, end = begin + places.warp_total;
+  places.each(set, scores.vectors, begin,
+              [&](int bit, uint32_t rank) { shared.picked[rank] = static_cast<uint16_t>(scores.position(bit)); });
+  __syncwarp();
+  const TopkPiece& piece = shared.piece;
+  gather(piece.slots, shared.table, shared.picked, begin, end);
+  if (piece.best_scores != nullptr) gather(piece.best_scores, piece.scores, shared.picked, begin, end);
+}
+
+// A piece that is selected whole: its slots, then padding.
+template <int kThreads>
+__device__ __forceinline__ void copy_piece(const TopkPiece& piece, const int32_t* table, int32_t topk,
+                                           int32_t padding_slot) {
+  const int32_t end = piece.best_scores == nullptr ? topk : piece.count;
+#pragma unroll 4
+  for (int32_t k = static_cast<int32_t>(threadIdx.x); k < end; k += kThreads) {
+    piece.slots[k] = k < piece.count ? __ldg(table + k) : padding_slot;
+    if (piece.best_scores != nullptr) piece.best_scores[k] = __ldg(piece.scores + k);
   }
-  __syncthreads();
-  write_ranks<kThreads>(shared.piece, topk, [&](int32_t rank) { return shared.picked[rank]; });
 }
 
 // A block for each piece of each row.
-template <int kThreads, int kVectors>
-__global__ void __launch_bounds__(kThreads)
+template <int kThreads, int kVectors, int kBins, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     topk_slots_kernel(const __grid_constant__ TopkSlotsParams p, const __grid_constant__ TopkLevel level) {
-  __shared__ TopkShared<kThreads> shared;
+  __shared__ TopkShared<kThreads, kBins> shared;
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
-  for (int b = thread; b < kBins; b += kThreads) shared.bins[b] = 0;
+  empty_bins(shared);
+  if (thread == 0) shared.listed = 0, shared.unordered = 0;
   wait_for_inputs();
   TopkPiece piece;
   if (!find_piece(p, level, static_cast<int32_t>(blockIdx.x), piece)) return;
   if (piece.count <= p.topk) {
-    write_ranks<kThreads>(piece, piece.count, [](int32_t rank) { return rank; });
-    const int32_t end = piece.best_scores == nullptr ? p.topk : piece.count;
-    for (int32_t k = piece.count + thread; k < end; k += kThreads) piece.slots[k] = p.padding_slot;
+    copy_piece<kThreads>(piece, slots_of(p, level, piece), p.topk, p.padding_slot);
     return;
   }
-  if (thread == 0) shared.piece = piece;
-  Keys<kThreads, kVectors> keys;
-  keys.load(piece.scores, piece.count);
-  const Threshold last = find_threshold(keys, shared, static_cast<uint32_t>(p.topk));
-  const uint32_t bound = last.equals > 0 ? separate_equals(keys, shared, last) : last.key;
-  write_selected(keys, shared, bound, p.topk);
+  const bool keeps = thread == kThreads - 1;
+  if (keeps) shared.piece = piece;  // so that no register does
+  const uint32_t sample = piece.scores[min((lane_id() >> 1) * (piece.count >> 4) + (lane_id() & 1), piece.count - 1)];
+  Scores<kThreads, kVectors> scores;
+  scores.load(piece.scores, piece.count);
+  __syncwarp();
+  if (keeps) shared.table = slots_of(p, level, shared.piece);
+  __syncthreads();
+  const Set set = select_best(scores, shared, sample, static_cast<uint32_t>(p.topk));
+  write_selected(scores, shared, set);
 }
 
 using TopkSlotsKernel = void (*)(const TopkSlotsParams, const TopkLevel);
 
 inline TopkSlotsKernel topk_slots_kernel_of(const TopkBlock& block) {
-  if (block.threads == 1024) return topk_slots_kernel<1024, 8>;
-  return block.keys_per_thread == 32 ? topk_slots_kernel<512, 8> : topk_slots_kernel<512, 4>;
+  switch (block.threads) {
+    case 224:
+      return topk_slots_kernel<224, 8, 896, 5>;
+    case 256:
+      return topk_slots_kernel<256, 8, 1024, 4>;
+    case 512:
+      return block.keys_per_thread == 16 ? topk_slots_kernel<512, 4, 1024, 3> : topk_slots_kernel<512, 8, 2048, 2>;
+    default:
+      return topk_slots_kernel<1024, 8, 2048, 1>;
+  }
 }
 
 }  // namespace sgl_kernel

@@ -96,7 +96,7 @@ std::vector<int32_t> best_positions(const TopkPiece& piece, int32_t topk) {
   return positions;
 }
 
-void select_piece(const TopkSlotsParams& p, const TopkPiece& piece) {
+void select_piece(const TopkSlotsParams& p, const TopkPiece& piece, const int32_t* table) {
   std::vector<int32_t> positions(std::min(piece.count, p.topk));
   if (piece.count > p.topk) {
     positions = best_positions(piece, p.topk);
@@ -106,7 +106,7 @@ void select_piece(const TopkSlotsParams& p, const TopkPiece& piece) {
   int32_t* slot = piece.slots;
   uint32_t* score = piece.best_scores;
   for (int32_t position : positions) {
-    *slot++ = piece.table[position];
+    *slot++ = table[position];
     if (score != nullptr) *score++ = piece.scores[position];
   }
   if (score == nullptr) std::fill(slot, piece.slots + p.topk, p.padding_slot);
@@ -156,7 +156,7 @@ void launch_decode_inputs(const DecodeInputsParams& params, const Stream&) {
 void launch_topk_slots(const TopkSlotsParams& params, const TopkLevel& level, const Stream&) {
   TopkPiece piece;
   for (int32_t block = 0; block < params.rows * level.pieces; ++block) {
-    if (find_piece(params, level, block, piece)) select_piece(params, piece);
+    if (find_piece(params, level, block, piece)) select_piece(params, piece, slots_of(params, level, piece));
   }
 }
 
