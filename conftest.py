@@ -30,6 +30,7 @@ LONG = (
     "test_http_malformed.py",
     "test_tiny_nsa_runtime.py",
     "test_scheduler.py",
+    "test_index_scores.py",
     "test_step_trace.py",
     "test_scheduler_process.py",
     "test_bench_metadata.py",
