@@ -21,8 +21,7 @@ def index_scores(
     width: int,  # keys of a row beyond it do not count
     topk: int,  # rows with so many keys or fewer need no scores
     first_row: int = 0,  # of the T rows among those of all requests
-    rows_per_req: int
-    | None = None,  # row t has table_rows[(first_row + t) // rows_per_req]; None: [T], in runs
+    rows_per_req: int | None = None,  # table_rows[(first_row + t) // rows_per_req]; None: one a row, in runs
 ) -> None:
     """scores[t, s] = sum_h index_weights[t, h] * relu(q_index[t, h] . k[s]), in float32, k[s] the key of the
     slot at position s. A product that is NaN counts as 0.

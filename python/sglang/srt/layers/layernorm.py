@@ -61,7 +61,8 @@ def flashinfer_rmsnorm() -> Kernel | None:
         norm.rmsnorm(one, one[0], 1e-6)  # compiles it where the package brings no binary
         torch.cuda.synchronize()
     except Exception as error:  # by CUTLASS's DSL or by nvcc, each of which fails in ways of its own
-        logger.info("RMSNorm by torch, not by flashinfer: %s", error)
+        level = logging.INFO if isinstance(error, ImportError) else logging.WARNING
+        logger.log(level, "RMSNorm by torch, not by flashinfer: %s", error)
         return None
 
     def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
